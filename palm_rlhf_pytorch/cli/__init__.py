@@ -1,0 +1,1 @@
+"""The command line `palm-rlhf`: a file a command, put together in `main`."""

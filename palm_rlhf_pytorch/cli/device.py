@@ -1,0 +1,29 @@
+"""The `--device` option that all commands share."""
+
+import argparse
+
+import torch
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`: cuda where there is one, else cpu."""
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that the arguments ask for.
+
+    Raises:
+        ValueError: if torch knows no such device, or this machine has none.
+    """
+    if args.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: no device of torch; use cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no Apple GPU; use cpu")
+    return device

@@ -1,0 +1,46 @@
+"""`palm-rlhf`: one entry, a subcommand for each file of this room.
+
+A user's mistake (a ValueError, a file that cannot be read or written) is one line on stderr and exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from palm_rlhf_pytorch.cli import demo, generate, pretrain
+
+COMMANDS = (demo, pretrain, generate)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; None takes them from the command line.
+
+    Returns:
+        Exit code: 0 done, 2 a mistake in the input, 130 interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"palm-rlhf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\npalm-rlhf {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands; each sets `run`, which takes the arguments and returns an exit code."""
+    parser = argparse.ArgumentParser(prog="palm-rlhf", description="RLHF on a PaLM language model.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Generation: prefill the prompts once, then one token a step over a key/value cache.
+
+Prompts of unequal length are the normal case: they are moved to the right, so that all responses start at one place,
+and each row keeps its own positions. Knows of the model only that it embeds tokens and reads out logits.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.attention import KVCache
+from palm_rlhf_pytorch.lora import Adapter
+from palm_rlhf_pytorch.palm.sampling import check_sampling, sample_tokens
+from palm_rlhf_pytorch.tensors import align_right, check_token_ids, lengths_to_mask
+
+STEPS_BETWEEN_STOP_CHECKS = 16  # asking a CUDA device whether all rows have ended makes it wait; a CPU answers at once
+
+
+class Generation(NamedTuple):
+    """Responses of a batch.
+
+    tokens: (b, t), t the longest response; what stands outside the mask means nothing.
+    mask: True on generated tokens, the EOS included, (b, t); each row's True come first.
+    logprobs: log-probability (nats) each token was drawn with, (b, t), 0 outside the mask.
+    ended: True where the row drew EOS, (b,).
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    ended: Tensor
+
+
+class Prompts(NamedTuple):
+    """Prompts that have been checked.
+
+    ids: (b, p).
+    mask: True on real tokens, (b, p), or None where all are.
+    room: new tokens each row may take, at least 1, (b,).
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    room: Tensor
+
+
+class Decoder(Protocol):
+    """What generation asks of a language model."""
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for batch rows of max_length tokens."""
+        ...
+
+    def embed(
+        self, seq: Tensor, *, mask: Tensor | None, adapter: Adapter | None, dropout: float | None, cache: KVCache | None
+    ) -> Tensor:
+        """Final hidden states (b, n, d) of tokens (b, n)."""
+        ...
+
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., v) of hidden states (..., d)."""
+        ...
+
+
+@torch.no_grad()
+def generate_responses(
+    model: Decoder,
+    prompts: Tensor,
+    prompt_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int | Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token: int | None = None,
+    generator: torch.Generator | None = None,
+    adapter: Adapter | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Generation:
+    """Sample a response to each prompt.
+
+    A row ends with its first EOS (looked for in the response, not in the prompt) or at its own max_new_tokens; the loop
+    ends when all rows have. Ids are trusted here; `check_prompts` checks them.
+
+    Args:
+        model: what embeds tokens and reads out logits; its dropout is off here.
+        prompts: token ids, (b, p), p at least 1.
+        prompt_mask: True on real tokens, on whichever side the padding is, (b, p); None where all are real.
+        max_new_tokens: at least 1, for all rows, or for each, (b,).
+        temperature: 0 is greedy.
+        top_k: see sampling.
+        top_p: see sampling.
+        eos_token: id that ends a response, or None.
+        generator: random state of the draws, on the prompts' device; None takes torch's global one.
+        adapter: low-rank adapter of the pass.
+        on_step: called after each step, for a progress bar.
+
+    Returns:
+        Generation, at least one token a row.
+
+    Raises:
+        TypeError: if prompt_mask is not bool, or top_k is not a whole number.
+        ValueError: if a setting names no distribution, max_new_tokens is below 1, a row is all padding, or the model's
+            logits are not finite.
+    """
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_generator(generator, prompts.device)
+    prompts, prompt_mask = _pack(prompts, prompt_mask)
+    batch, prompt_length = prompts.shape
+    budget = torch.as_tensor(max_new_tokens, device=prompts.device).expand(batch)
+    if int(budget.min()) < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1 for every prompt")
+    steps = int(budget.max())
+    cache = model.new_cache(batch, prompt_length + steps - 1)  # the last token drawn is never embedded
+    check_every = 1 if prompts.device.type == "cpu" else STEPS_BETWEEN_STOP_CHECKS
+
+    tokens = prompts.new_zeros(batch, steps)
+    logprobs = torch.zeros(batch, steps, device=prompts.device)
+    lengths = budget  # of the responses, shortened where EOS comes first
+    ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
+    new, new_mask = prompts, prompt_mask
+    for step in range(steps):
+        hidden = model.embed(new, mask=new_mask, adapter=adapter, dropout=0.0, cache=cache)
+        logits = model.to_logits(hidden[:, -1])
+        drawn = sample_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        tokens[:, step], logprobs[:, step] = drawn
+        if eos_token is not None:
+            hit = (drawn.tokens == eos_token) & ~ended & (step < budget)
+            lengths = torch.where(hit, step + 1, lengths)
+            ended = ended | hit
+        if on_step is not None:
+            on_step()
+        if step % check_every == check_every - 1 and bool((lengths <= step + 1).all()):
+            break
+        new, new_mask = drawn.tokens[:, None], None
+
+    longest = int(lengths.max())
+    mask = lengths_to_mask(lengths, longest)
+    logprobs = logprobs[:, :longest].masked_fill(~mask, 0.0)
+    _check_finite(logprobs)
+    return Generation(tokens[:, :longest], mask, logprobs, ended)
+
+
+def check_prompts(
+    prompt: Tensor, prompt_mask: Tensor | None, *, num_tokens: int, seq_len: int, device: torch.device
+) -> Prompts:
+    """What a user gave as prompts, checked and moved to the device.
+
+    Args:
+        prompt: token ids, (n,) or (b, n).
+        prompt_mask: True on real tokens, of the same shape, or None where all are.
+        num_tokens: vocabulary of the model.
+        seq_len: tokens of prompt and response together, for each row.
+        device: where the model is.
+
+    Raises:
+        TypeError: if prompt does not hold integers, or prompt_mask is not bool.
+        ValueError: if shapes do not fit, an id is out of range, a row is empty or all padding, or a prompt leaves no
+            room within seq_len.
+    """
+    if prompt.dim() == 1:
+        prompt, prompt_mask = prompt[None], None if prompt_mask is None else prompt_mask[None]
+    check_token_ids(prompt, num_tokens, name="prompt")
+    if prompt_mask is None:
+        lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=device)
+    else:
+        _check_prompt_mask(prompt_mask, prompt)
+        prompt_mask = prompt_mask.to(device)
+        lengths = prompt_mask.sum(dim=-1)
+    if int(lengths.max()) >= seq_len:
+        raise ValueError(
+            f"seq_len ({seq_len}) counts the prompt: it must be above the longest prompt's {int(lengths.max())} tokens"
+        )
+    return Prompts(prompt.to(device), prompt_mask, seq_len - lengths)
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Raise a ValueError unless the generator draws on the device."""
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(
+            f"generator draws on {generator.device}, the model is on {device}; use torch.Generator(device={device})"
+        )
+
+
+def _check_prompt_mask(prompt_mask: Tensor, prompt: Tensor) -> None:
+    if prompt_mask.dtype != torch.bool:
+        raise TypeError(f"prompt_mask is {prompt_mask.dtype}: it must be torch.bool, True on real tokens")
+    if prompt_mask.shape != prompt.shape:
+        raise ValueError(f"prompt_mask {tuple(prompt_mask.shape)} must have the prompt's shape {tuple(prompt.shape)}")
+    empty = ~prompt_mask.any(dim=-1)
+    if bool(empty.any()):
+        raise ValueError(f"prompt row {int(empty.int().argmax())} is all padding; a prompt takes at least one token")
+
+
+def _pack(prompts: Tensor, prompt_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Move real tokens to the right, and drop the columns that no row needs, so that wider padding costs nothing."""
+    if prompt_mask is None:
+        return prompts, None
+    _check_prompt_mask(prompt_mask, prompts)
+    prompts, prompt_mask = align_right(prompts, prompt_mask)
+    longest = int(prompt_mask.sum(dim=-1).max())
+    return prompts[:, -longest:], prompt_mask[:, -longest:]
+
+
+def _check_finite(logprobs: Tensor) -> None:
+    """Asked once at the end, since asking waits for the device."""
+    finite = logprobs.isfinite().all(dim=-1)
+    if not bool(finite.all()):
+        row = int((~finite).int().argmax())
+        raise ValueError(f"the model's logits for row {row} are not finite (NaN or infinity); its weights are broken")

@@ -1,0 +1,95 @@
+"""From logits to a token: temperature, top-k, top-p, and one draw.
+
+Holtzman et al., "The Curious Case of Neural Text Degeneration" (top-p), https://arxiv.org/abs/1904.09751
+Everything is float32 or wider whatever the model's dtype: noise drawn in half precision samples another distribution.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palm_rlhf_pytorch.tensors import at_least_float32
+
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # below it float32 divides by zero; it is greedy long before
+
+
+class Sample(NamedTuple):
+    """Tokens (...) and the log-probability (nats) each was drawn with, (...)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Sample:
+    """Draw one token a row from softmax(logits / temperature), cut to top-k and top-p where given.
+
+    The draw inverts the cumulative distribution with one uniform number a row: exact, and on a CPU ten times as fast
+    as adding Gumbel noise to a large vocabulary.
+
+    Args:
+        logits: (..., v), any float dtype. Where a NaN is among them, the log-probability is NaN.
+        temperature: 0 takes the most likely token; its log-probability is then reported at temperature 1.
+        top_k: keep the k most likely tokens.
+        top_p: keep the smallest set of tokens whose mass reaches top_p.
+        generator: random state; None takes torch's global one.
+
+    Returns:
+        Sample(tokens, logprobs), the log-probability under the distribution that was drawn from.
+    """
+    logits = at_least_float32(logits)
+    if temperature < SMALLEST_TEMPERATURE:
+        tokens = logits.argmax(dim=-1)
+    else:
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no infinity at a small temperature
+        logits = truncate(logits, top_k=top_k, top_p=top_p)
+        tokens = _draw(logits.softmax(dim=-1), generator)
+    return Sample(tokens, logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1))
+
+
+def truncate(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Set to minus infinity what top-k and then top-p leave out; logits (..., v), already divided by temperature."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = logits.topk(top_k, dim=-1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
+    if top_p is not None and top_p < 1:
+        probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        before = F.pad(probabilities[..., :-1].cumsum(dim=-1), (1, 0))  # mass of the more likely tokens
+        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(cut, -torch.inf)
+    return logits
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Invert the cumulative distribution, in float64 where the device has it; tokens of probability 0 never come."""
+    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    cumulative = probabilities.to(dtype).cumsum(dim=-1)
+    uniform = torch.rand((*probabilities.shape[:-1], 1), dtype=dtype, device=probabilities.device, generator=generator)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)[..., 0]
+    beyond = tokens == probabilities.shape[-1]  # the product was rounded up to the whole mass
+    return torch.where(beyond, probabilities.argmax(dim=-1), tokens)
+
+
+def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse settings that name no distribution.
+
+    Raises:
+        TypeError: if top_k is not a whole number.
+        ValueError: if temperature is below 0 or not finite, top_k below 1, or top_p outside (0, 1].
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature ({temperature}) must be 0 (greedy) or above, and finite")
+    if top_k is not None and not isinstance(top_k, int):
+        raise TypeError(f"top_k ({top_k!r}) counts tokens: it must be an int, not {type(top_k).__name__}, or None")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k ({top_k}) counts tokens: it must be at least 1, or None for no cut")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p ({top_p}) is a probability mass: it must be above 0 and at most 1")

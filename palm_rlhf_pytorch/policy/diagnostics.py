@@ -1,0 +1,91 @@
+"""What a rollout says about the run: rewards, KL, lengths, and how well the critic knew them.
+
+Names and units are in `training/metrics.py`; figures are over the responses of all ranks.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.objectives.advantage import monte_carlo_returns
+from palm_rlhf_pytorch.objectives.policy_gradient import explained_variance, kl_k3
+from palm_rlhf_pytorch.policy.learning import Targets
+from palm_rlhf_pytorch.policy.rollout import Rollout
+from palm_rlhf_pytorch.tensors import Moments, masked_moments
+
+
+def rollout_metrics(
+    rollout: Rollout,
+    targets: Targets,
+    normalized: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float,
+    reduce: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """Diagnostics of a scored rollout, before learning from it.
+
+    Args:
+        rollout: with raw scores.
+        targets: what it teaches.
+        normalized: normalised scores, penalties included, (b,).
+        kl_coef: the coefficient that made the targets.
+        gamma: discount per token.
+        reduce: sums a tensor over ranks.
+    """
+    assert rollout.scores is not None
+    mask, lengths = rollout.response_mask, rollout.lengths.float()
+    rows = torch.ones_like(rollout.ended)
+
+    def over_rows(values: Tensor) -> Moments:
+        return masked_moments(values.float(), rows, reduce=reduce)
+
+    def over_tokens(values: Tensor) -> Moments:
+        return masked_moments(values, mask, reduce=reduce)
+
+    score, length = over_rows(rollout.scores), over_rows(lengths)
+    kl = over_rows(targets.kl.sum(dim=-1)).mean
+    returns = monte_carlo_returns(targets.rewards, mask, gamma=gamma)
+    mismatch = (rollout.sampler_logprobs - rollout.logprobs).abs()
+    advantage, target = over_tokens(targets.returns - rollout.values), over_tokens(targets.returns)
+    covariance = over_rows((rollout.scores - score.mean) * (lengths - length.mean)).mean
+    ended = over_rows(rollout.ended).mean
+    figures = {
+        "objective/kl": kl,
+        "objective/kl_token": over_tokens(targets.kl).mean,
+        "objective/kl_k3": over_tokens(kl_k3(rollout.logprobs, rollout.ref_logprobs)).mean,
+        "objective/kl_coef": kl_coef,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": over_rows(targets.rewards.sum(dim=-1)).mean,
+        "reward/score": score.mean,
+        "reward/score_std": score.var.sqrt(),
+        "reward/score_normalized": over_rows(normalized).mean,
+        "returns/mean": target.mean,
+        "returns/var": target.var,
+        "advantages/mean": advantage.mean,
+        "advantages/std": advantage.var.sqrt(),
+        "value/mean": over_tokens(rollout.values).mean,
+        "value/explained_variance": explained_variance(rollout.values, returns, mask, reduce=reduce),
+        "response/length_mean": length.mean,
+        "response/length_max": lengths.max(),
+        "response/eos_rate": ended,
+        "response/truncated_rate": 1 - ended,
+        "score/length_corr": covariance / (score.var * length.var).sqrt().clamp(min=1e-8),
+        "rollout/sampler_logprob_diff_mean": over_tokens(mismatch).mean,
+        "rollout/sampler_logprob_diff_max": (mismatch * mask).max(),
+        "rollout/distinct_2": distinct_2(rollout),
+    }
+    return {name: float(value) for name, value in figures.items()}
+
+
+def distinct_2(rollout: Rollout) -> float:
+    """Share of this rank's pairs of neighbouring response tokens that are different pairs; 0 where there is none.
+
+    Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055
+    """
+    steps = rollout.response_mask.shape[1]
+    places = rollout.prompt_lengths[:, None] + torch.arange(steps, device=rollout.sequences.device)
+    tokens = rollout.sequences.gather(1, places.clamp(max=rollout.sequences.shape[1] - 1))
+    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1)[rollout.response_mask[:, 1:]]
+    return len(torch.unique(pairs, dim=0)) / len(pairs) if len(pairs) else 0.0

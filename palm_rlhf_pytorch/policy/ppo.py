@@ -1,0 +1,381 @@
+"""RLHFTrainer: a policy learns from a judge by PPO.
+
+    collect: prompts -> responses, log-probabilities, values     (`rollout`)
+    score:   the judge's scores                                  (`score`)
+    learn:   advantages, epochs of clipped steps                 (`learn`)
+
+Ziegler et al., "Fine-Tuning Language Models from Human Preferences", https://arxiv.org/abs/1909.08593
+Stiennon et al., "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.diagnostics import rollout_metrics
+from palm_rlhf_pytorch.policy.learning import Learner, make_targets
+from palm_rlhf_pytorch.policy.prompts import prompts_from
+from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
+from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, judge_sequences, penalize_missing_eos
+from palm_rlhf_pytorch.policy.settings import PPOSettings, check_train_arguments
+from palm_rlhf_pytorch.policy.trainer_state import load_trainer, save_trainer
+from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
+from palm_rlhf_pytorch.typecheck import typecheck
+
+
+class RLHFTrainer:
+    """Improves a PaLM against a judge, with a frozen reference that it must not stray far from.
+
+    The `palm` given stays as it is; the improved model comes from `export_palm()`. All randomness follows from `seed`
+    and the number of rollouts so far.
+    """
+
+    @typecheck
+    def __init__(
+        self,
+        *,
+        palm: PaLM,
+        reward_model: RewardModel | Judge,
+        prompt_token_ids: Tensor | Sequence[Tensor] | None = None,
+        prompt_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        prompts_path: str | Path | None = None,
+        tokenizer: object | None = None,
+        pad_value: int | None = None,
+        seed: int = 0,
+        metrics_path: str | Path | None = None,
+        accelerate_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Prepare training; nothing is sampled yet.
+
+        Args:
+            palm: a causal PaLM, the reference and the start of the policy.
+            reward_model: a RewardModel, or any callable `(sequences, prompt_mask=, mask=) -> scores (b,)`; sequences are
+                ids (b, n) padded on the right, both masks are False on padding.
+            prompt_token_ids: prompts as ids, (m, p), or a list of 1-D tensors of unequal lengths.
+            prompt_mask: True on the real tokens of (m, p), padding on either side.
+            prompt_lengths: the same as lengths, padding on the right, (m,).
+            prompts: prompts as text, with `tokenizer`.
+            prompts_path: a UTF-8 file of prompts, one a line, with `tokenizer`.
+            tokenizer: any callable from text to ids, Hugging Face's included.
+            pad_value: id that pads the ends of `prompt_token_ids` where neither mask nor lengths are given; a token
+                of that id elsewhere stays. None: every id is a token.
+            seed: of adapters, sampling and order.
+            metrics_path: a JSONL file that gets a line for each update.
+            accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
+            **settings: the fields of PPOSettings, where each is described.
+
+        Raises:
+            TypeError: if an argument or a setting is unknown or of the wrong type.
+            ValueError: if prompts, models or a setting do not fit; the argument and its value are named.
+        """
+        self.settings = PPOSettings(**settings)
+        self.prompts = prompts_from(
+            num_tokens=palm.num_tokens, seed=seed, prompt_token_ids=prompt_token_ids, prompt_mask=prompt_mask,
+            prompt_lengths=prompt_lengths, pad_value=pad_value, prompts=prompts, prompts_path=prompts_path,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        if isinstance(reward_model, RewardModel) and reward_model.palm.num_tokens != palm.num_tokens:
+            raise ValueError(
+                f"reward_model reads {reward_model.palm.num_tokens} token ids, palm writes {palm.num_tokens}: they must"
+                " share a vocabulary"
+            )
+        self.seed = seed
+        self.accelerator = Accelerator(**(accelerate_kwargs or {}))
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **self.settings.plain()})
+        self.metrics = MetricsLog(metrics_path, accelerator=self.accelerator)
+        device = self.accelerator.device
+        if isinstance(reward_model, nn.Module):
+            reward_model.to(device)
+        self.reward_model = reward_model
+        self.actor_critic = ActorCritic(
+            palm.share().to(device), generator=self._generator("adapters"), **self.settings.model_arguments()
+        )
+        self.learner = Learner(self.actor_critic, self.accelerator, **self.settings.learner_arguments())
+        self.normalizer = ScoreNormalizer()
+        self.kl_coef = self.settings.kl_coef
+        self.rollouts = self.episodes = self.updates = 0
+
+    def train(
+        self,
+        num_episodes: int = 50_000,
+        *,
+        max_seq_len: int = 2048,
+        max_new_tokens: int | None = None,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        update_timesteps: int = 64,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, float]]:
+        """Learn from num_episodes responses; learning rates fall linearly to 0 over this call's updates.
+
+        Args:
+            num_episodes: responses to sample, score and learn from, over all processes.
+            max_seq_len: tokens of prompt and response together.
+            max_new_tokens: tokens of a response, if that is to be less.
+            eos_token: id that ends a response; None lets all run to their limit.
+            temperature: of sampling, above 0; it enters every log-probability. 1 in most of the literature.
+            update_timesteps: responses between two updates, over all processes; 64 as in Ziegler et al. The last
+                update takes what is left.
+            use_tqdm: show progress (main process only).
+
+        Returns:
+            The metrics of each update; their names are explained in `training/metrics.py`.
+
+        Raises:
+            ValueError: before anything is sampled, if a prompt is as long as max_seq_len or a number is out of range;
+                while scoring, if the judge's scores are not finite numbers, one a response.
+        """
+        check_train_arguments(
+            self.prompts, palm=self.actor_critic.palm, num_episodes=num_episodes, max_seq_len=max_seq_len,
+            max_new_tokens=max_new_tokens, eos_token=eos_token, temperature=temperature, update_timesteps=update_timesteps,
+        )  # fmt: skip
+        sizes = [min(update_timesteps, num_episodes - done) for done in range(0, num_episodes, update_timesteps)]
+        history = []
+        with tqdm(total=num_episodes, disable=not (use_tqdm and self._is_main), desc="ppo", unit="episode") as bar:
+            for number, size in enumerate(sizes, start=1):
+                scale_learning_rates(self.learner.optimizer, linear_to_zero(number, len(sizes)))
+                started = time.perf_counter()
+                rollout = self.rollout(  # 1. collect
+                    *self.next_prompts(size), max_seq_len=max_seq_len, max_new_tokens=max_new_tokens,
+                    eos_token=eos_token, temperature=temperature, use_tqdm=use_tqdm,
+                )  # fmt: skip
+                rollout = self.score(rollout)  # 2. score
+                sampled = time.perf_counter()
+                metrics = self.learn(rollout)  # 3. learn
+                metrics |= self._timing(rollout, started, sampled)
+                self.metrics.log(metrics, step=self.updates)
+                history.append(metrics)
+                bar.set_postfix(_headline(metrics), refresh=False)
+                bar.update(size)
+        return history
+
+    def next_prompts(self, count: int) -> tuple[Tensor, Tensor]:
+        """This process's share of the next prompts: ids (b, p) and mask (b, p), on the training device.
+
+        Each prompt comes once before any comes again. Shares are equal: counts that do not divide are rounded up.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = -(-count // ranks)
+        rows = self.prompts.next_rows(share * ranks)[rank * share : (rank + 1) * share]
+        ids, mask = self.prompts.select(rows)
+        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+
+    def rollout(
+        self,
+        prompts: Tensor,
+        prompt_mask: Tensor,
+        *,
+        max_seq_len: int = 2048,
+        max_new_tokens: int | None = None,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        use_tqdm: bool = False,
+    ) -> Rollout:
+        """Sample a response to each prompt, with log-probabilities, reference log-probabilities and values.
+
+        Args:
+            prompts: ids, (b, p), padding on either side.
+            prompt_mask: True on real tokens, (b, p).
+            max_seq_len: tokens of prompt and response together; each prompt must be shorter.
+            max_new_tokens: tokens of a response, if that is to be less.
+            eos_token: id that ends a response.
+            temperature: of sampling, above 0.
+            use_tqdm: show progress over the generated tokens.
+        """
+        lengths = prompt_mask.sum(dim=-1)
+        if not (temperature > 0 and int(lengths.min()) >= 1 and int(lengths.max()) < max_seq_len):
+            raise ValueError(
+                f"rollout: temperature ({temperature}) must be above 0, and prompts ({int(lengths.min())} to"
+                f" {int(lengths.max())} tokens) must have at least 1 token and fewer than max_seq_len ({max_seq_len})"
+            )
+        room = max_seq_len - lengths
+        room = room if max_new_tokens is None else room.clamp(max=max_new_tokens)
+        passes = -(-len(prompts) // self.settings.max_batch_size)
+        show = use_tqdm and self._is_main and int(room.max()) * passes >= 256  # shorter ones are over at once
+        with (
+            tqdm(total=int(room.max()) * passes, disable=not show, desc="generate", unit="token", leave=False) as bar,
+            self.accelerator.autocast(),
+        ):
+            rollout = collect_rollout(
+                self.actor_critic, prompts, prompt_mask, max_new_tokens=room, temperature=temperature,
+                eos_token=eos_token, generator=self._generator("sample", self.rollouts),
+                max_batch_size=self.settings.max_batch_size, on_step=bar.update,
+            )  # fmt: skip
+        self.rollouts += 1
+        return rollout
+
+    def score(self, rollout: Rollout) -> Rollout:
+        """The rollout with the judge's raw scores.
+
+        Raises:
+            ValueError: if a score is NaN or infinite (rows are named), or their shape is not (b,).
+        """
+        scores = judge_sequences(
+            self.reward_model, rollout.sequences, rollout.prompt_mask, rollout.mask,
+            max_batch_size=self.settings.max_batch_size, where=f"update {self.updates + 1}",
+        )  # fmt: skip
+        return rollout._replace(scores=scores)
+
+    def learn(self, rollout: Rollout) -> dict[str, float]:
+        """Take PPO's steps on a scored rollout, then let the KL controller act; returns the diagnostics.
+
+        Raises:
+            ValueError: if the rollout has no scores.
+            FloatingPointError: if a gradient norm is not finite; the weights are then as before that step.
+        """
+        if rollout.scores is None:
+            raise ValueError(
+                "rollout has no scores: call score(rollout) first, or set them with rollout._replace(scores=)"
+            )
+        settings, reduce = self.settings, self._sum_over_ranks
+        scores = rollout.scores
+        if settings.normalize_scores:
+            self.normalizer.fit(scores, reduce=reduce)
+            scores = self.normalizer(scores)
+        scores = penalize_missing_eos(
+            scores, rollout, penalty=settings.missing_eos_penalty, replacement=settings.missing_eos_score
+        )
+        targets = make_targets(
+            rollout, scores, kl_coef=self.kl_coef, gamma=settings.gamma, gae_lambda=settings.gae_lambda, reduce=reduce
+        )
+        metrics = rollout_metrics(rollout, targets, scores, kl_coef=self.kl_coef, gamma=settings.gamma, reduce=reduce)
+        metrics |= self.learner.update(rollout, targets, generator=self._generator("order", self.updates, cpu=True))
+        episodes = len(rollout.sequences) * self.accelerator.num_processes
+        self.episodes += episodes
+        self.updates += 1
+        if settings.target_kl_nats_per_response is not None:
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef, metrics["objective/kl"], num_episodes=episodes, horizon=settings.kl_horizon,
+                target_kl_nats_per_response=settings.target_kl_nats_per_response,
+            )  # fmt: skip
+        return metrics | {"episodes": float(self.episodes)}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        seq_len: int,
+        prompt: Tensor,
+        *,
+        num_samples: int = 4,
+        temperature: float = 1.0,
+        eos_token: int | None = None,
+        pad_value: int | None = None,
+        use_tqdm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The best of several responses by the judge's score.
+
+        Args:
+            seq_len: tokens of prompt and response together.
+            prompt: ids of one prompt, (p,), p below seq_len.
+            num_samples: responses to choose from.
+            temperature: of sampling; 0 makes them all alike.
+            eos_token: id that ends a response.
+            pad_value: id that pads the end of the prompt, if it is padded.
+            use_tqdm: show progress over the generated tokens.
+            generator: random state, on the training device; None follows from the trainer's seed.
+
+        Returns:
+            Prompt and best response, its EOS included, (<= seq_len,).
+
+        Raises:
+            ValueError: if the prompt is empty, too long or out of the vocabulary, or num_samples below 1.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples ({num_samples}) must be at least 1")
+        if prompt.ndim != 1:
+            raise ValueError(f"prompt has shape {tuple(prompt.shape)}: generate takes one prompt, (p,)")
+        source = prompts_from(
+            num_tokens=self.actor_critic.palm.num_tokens, seed=0, prompt_token_ids=prompt[None], pad_value=pad_value
+        )
+        prompts, mask = source.select(torch.zeros(num_samples, dtype=torch.long))
+        if prompts.shape[1] >= seq_len:
+            raise ValueError(
+                f"seq_len ({seq_len}) counts the prompt: it must be above the prompt's {prompts.shape[1]} tokens"
+            )
+        device, steps = self.accelerator.device, seq_len - prompts.shape[1]
+        prompts, mask = prompts.to(device), mask.to(device)
+        with tqdm(total=steps, disable=not (use_tqdm and self._is_main), desc="generate", leave=False) as bar:
+            out = self.actor_critic.generate(
+                prompts, None, max_new_tokens=steps, temperature=temperature, eos_token=eos_token,
+                generator=generator or self._generator("answer", self.rollouts), on_step=bar.update,
+            )  # fmt: skip
+        self.rollouts += 1
+        sequences, real = torch.cat((prompts, out.tokens * out.mask), 1), torch.cat((mask, out.mask), 1)
+        prompt_mask = torch.cat((mask, torch.zeros_like(out.mask)), 1)
+        scores = judge_sequences(
+            self.reward_model,
+            sequences,
+            prompt_mask,
+            real,
+            max_batch_size=self.settings.max_batch_size,
+            where="generate",
+        )
+        best = int(scores.argmax())
+        return sequences[best][real[best]]
+
+    def export_palm(self) -> PaLM:
+        """The improved PaLM: a model of its own, the actor's update merged into its weights, in eval mode."""
+        return self.accelerator.unwrap_model(self.learner.model).export_palm().eval()
+
+    def save(self, path: str | Path) -> None:
+        """Write all that training has changed (not the frozen trunk) to one file, atomically; main process only."""
+        if self._is_main:
+            save_trainer(self, path)
+
+    def load(self, path: str | Path) -> None:
+        """Go on where `save` was called, in a trainer built with the same palm and settings.
+
+        All is checked before anything changes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is no trainer's checkpoint, or belongs to another palm or other settings.
+        """
+        load_trainer(self, path)
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
+
+    def _generator(self, purpose: str, count: int = 0, *, cpu: bool = False) -> torch.Generator:
+        """Random state that follows from the seed, its purpose, how often it was needed, and the process."""
+        rank = 0 if purpose == "adapters" else self.accelerator.process_index
+        stream = ("adapters", "sample", "order", "answer").index(purpose)
+        state = np.random.SeedSequence([self.seed, stream, count, rank]).generate_state(1, np.uint64)
+        device = "cpu" if cpu or purpose == "adapters" else self.accelerator.device
+        return torch.Generator(device).manual_seed(int(state[0] >> 1))
+
+    def _timing(self, rollout: Rollout, started: float, sampled: float) -> dict[str, float]:
+        now = time.perf_counter()
+        tokens = float(self._sum_over_ranks(rollout.response_mask.sum().float()))
+        return {
+            "perf/rollout_seconds": sampled - started,
+            "perf/learn_seconds": now - sampled,
+            "perf/tokens_per_second": tokens / (now - started),
+        }
+
+
+def _headline(metrics: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows."""
+    shown = {"score": "reward/score", "kl": "objective/kl", "length": "response/length_mean"}
+    return {label: f"{metrics[name]:.3g}" for label, name in shown.items()}

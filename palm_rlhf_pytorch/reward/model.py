@@ -1,0 +1,345 @@
+"""The reward model: a PaLM that reads a prompt with its response and gives one score.
+
+Stiennon et al., "Learning to Summarize from Human Feedback", https://arxiv.org/abs/2009.01325; prompt and response
+embeddings and bins are upstream's (lucidrains/PaLM-rlhf-pytorch).
+It is trained on ratings or on pairs, and knows no policy.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.objectives.preference import bradley_terry_loss
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.reward.settings import Settings, differences
+from palm_rlhf_pytorch.reward.texts import Texts, check_labels, checked_texts, join, same_prompt_lengths
+from palm_rlhf_pytorch.tensors import at_least_float32, masked_mean
+from palm_rlhf_pytorch.training.checkpoint import Checkpoint, check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.typecheck import typecheck
+
+
+class RewardModel(nn.Module):
+    """A judge: token ids (b, n) in, scores (b,) out, or the loss of labelled texts.
+
+    score = head(mean of the response tokens' features), with prompt and response embeddings added to the tokens'.
+    With bins the head gives logits over c ratings, and the score is their expectation, never a draw unless asked for.
+
+    With LoRA the trunk shares its frozen weights with the PaLM it was made from, which it leaves untouched; what is
+    trained afterwards is the adapter, the two embeddings and the head. Whoever goes on to change that PaLM's own
+    weights changes this trunk too: give a deepcopy of it to keep them apart.
+    """
+
+    @typecheck
+    def __init__(
+        self,
+        palm: PaLM,
+        *,
+        num_binned_output: int = 0,
+        label_offset: int = 0,
+        use_lora: bool = True,
+        lora_r: int = 8,
+        lora_alpha: float | None = None,
+        dropout: float = 0.0,
+        pool_prompt: bool = False,
+        pool_last: bool = False,
+    ) -> None:
+        """Make a judge of a language model's trunk, causal or not; scopes of the PaLM are left out.
+
+        Args:
+            palm: the language model; it is neither changed nor kept.
+            num_binned_output: ratings c, at least 2; 0 for a scalar head.
+            label_offset: the lowest rating; 1 for "1 to 5" with five bins. Scores have the same unit.
+            use_lora: train a low-rank adapter; False copies the trunk and trains all of it.
+            lora_r: the adapter's rank.
+            lora_alpha: the adapter's update is scaled by alpha / r; None means r.
+            dropout: probability in train mode, in place of the PaLM's own.
+            pool_prompt: average the features of all real tokens, not of the response's alone.
+            pool_last: read the features of the last real token, as in the paper, in place of a mean.
+
+        Raises:
+            ValueError: if a number is out of its range, or pool_prompt and pool_last contradict each other.
+        """
+        super().__init__()
+        self.settings = Settings(
+            num_binned_output=num_binned_output, label_offset=label_offset, use_lora=use_lora, lora_r=lora_r,
+            lora_alpha=lora_alpha, dropout=dropout, pool_prompt=pool_prompt, pool_last=pool_last,
+        )  # fmt: skip
+        device = palm.token_emb.weight.device
+        self.palm = palm.share(trainable=None if use_lora else lambda name: True)
+        self.adapter = self.palm.new_adapter(r=lora_r, alpha=lora_alpha) if use_lora else None
+        self.prompt_embed = nn.Parameter(torch.zeros(palm.dim, dtype=torch.float32, device=device))
+        self.response_embed = nn.Parameter(torch.zeros(palm.dim, dtype=torch.float32, device=device))
+        self.head = nn.Linear(palm.dim, max(num_binned_output, 1), dtype=torch.float32, device=device)
+        nn.init.normal_(self.head.weight, std=(palm.dim + 1) ** -0.5)  # Stiennon et al., in their code
+        nn.init.zeros_(self.head.bias)
+
+    @typecheck
+    def forward(
+        self,
+        seq: Tensor,
+        mask: Tensor | None = None,
+        *,
+        prompt_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        rejected: Tensor | None = None,
+        rejected_mask: Tensor | None = None,
+        rejected_prompt_mask: Tensor | None = None,
+        rejected_prompt_lengths: Tensor | None = None,
+        margin: Tensor | float | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Scores of texts; the loss of their labels; or, with `rejected`, the loss of pairs.
+
+        The losses are the cross entropy of binned labels (nats), the mean squared error of scalar ones, and Bradley-
+        Terry of pairs, -mean(log sigmoid(score(seq) - score(rejected) - margin)), each averaged over the batch.
+
+        Args:
+            seq: token ids, (b, n); the preferred texts of pairs.
+            mask: True on real tokens, (b, n), padding on either side; None for all. A trunk that is not causal takes
+                negative ids for padding where there is no mask.
+            prompt_mask: True on the prompt's tokens, (b, n). The response is mask & ~prompt_mask.
+            prompt_lengths: real tokens of each prompt, (b,), in place of prompt_mask. Without either all is response.
+            labels: with bins integers from label_offset to label_offset + c - 1, else floats, (b,).
+            rejected: token ids of the other texts of the pairs, (b, m).
+            rejected_mask: as mask, (b, m).
+            rejected_prompt_mask: as prompt_mask, (b, m); None for a prompt as long as that of seq.
+            rejected_prompt_lengths: as prompt_lengths.
+            margin: by how much the scores of each pair should differ, (b,) or one number.
+            sample: draw each score from its bins in place of their expectation.
+            generator: random state of the draws, on the model's device.
+
+        Returns:
+            Scores (b,) in float32, in the labels' unit, or a scalar loss.
+
+        Raises:
+            TypeError: if ids, lengths or labels have the wrong dtype, or a mask is not bool.
+            ValueError: if shapes, ids or labels do not fit, a row has no response token, or arguments contradict.
+        """
+        if sample and (labels is not None or rejected is not None or not self.settings.num_binned_output):
+            raise ValueError("sample=True draws scores from bins: it goes without labels and rejected, and needs bins")
+        texts = self._reader()(seq, mask, prompt_mask, prompt_lengths)
+        if rejected is not None:
+            if labels is not None:
+                raise ValueError("labels and rejected: give ratings or pairs, not both")
+            if rejected_prompt_mask is None and rejected_prompt_lengths is None:
+                rejected_prompt_lengths = same_prompt_lengths(texts)
+            other = self._reader()(
+                rejected, rejected_mask, rejected_prompt_mask, rejected_prompt_lengths, rejected=True
+            )
+            return self._pair_loss(texts, other, margin)
+        of_pairs = {
+            "rejected_mask": rejected_mask, "rejected_prompt_mask": rejected_prompt_mask,
+            "rejected_prompt_lengths": rejected_prompt_lengths, "margin": margin,
+        }  # fmt: skip
+        idle = [name for name, value in of_pairs.items() if value is not None]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} without rejected: give the rejected texts too")
+        if labels is not None:
+            bins, lowest = self.settings.num_binned_output, self.settings.label_offset
+            check_labels(labels, batch=len(seq), num_bins=bins, lowest=lowest)
+            return self._label_loss(self._outputs(texts), labels)
+        outputs = self._outputs(texts)
+        if not sample:
+            return self._scores(outputs)
+        drawn = torch.multinomial(outputs.softmax(dim=-1), 1, generator=generator)
+        return rearrange(drawn, "b 1 -> b").float() + self.settings.label_offset
+
+    def bin_logits(
+        self,
+        seq: Tensor,
+        mask: Tensor | None = None,
+        *,
+        prompt_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the ratings, (b, c) in float32, for calibration; arguments as in `forward`.
+
+        Raises:
+            ValueError: if the head is scalar, or the arguments do not fit.
+        """
+        if not self.settings.num_binned_output:
+            raise ValueError("bin_logits: this model has a scalar head; build it with num_binned_output")
+        return self._outputs(self._reader()(seq, mask, prompt_mask, prompt_lengths))
+
+    def finetune_parameters(self) -> list[nn.Parameter]:
+        """All that is trained, in a fixed order: adapter or whole trunk, the two embeddings, the head."""
+        trunk: nn.Module = self.palm if self.adapter is None else self.adapter
+        return [*trunk.parameters(), self.prompt_embed, self.response_embed, *self.head.parameters()]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a file must say to build this model again, JSON-able: `palm`, and the constructor's own arguments."""
+        return {"palm": self.palm.config, **asdict(self.settings)}
+
+    # from tokens to scores
+
+    def _reader(self) -> Callable[..., Texts]:
+        return partial(
+            checked_texts, num_tokens=self.palm.num_tokens, negative_is_padding=not self.palm.causal,
+            pool_prompt=self.settings.pool_prompt, pool_last=self.settings.pool_last,
+        )  # fmt: skip
+
+    def _outputs(self, texts: Texts) -> Tensor:
+        """What the head gives, (b, c or 1), in float32 whatever the trunk's dtype and autocast."""
+        kinds = torch.where(texts.prompt_mask[..., None], self.prompt_embed, self.response_embed)
+        dropout = self.settings.dropout if self.training else 0.0
+        hidden = self.palm.embed(texts.seq, mask=texts.mask, adapter=self.adapter, extra_embed=kinds, dropout=dropout)
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = masked_mean(hidden, texts.pooled, dim=1)
+            return self.head(features.to(self.head.weight.dtype)).float()
+
+    def _scores(self, outputs: Tensor) -> Tensor:
+        """Scores (b,): the expectation over bins, or the scalar head's output."""
+        if not self.settings.num_binned_output:
+            return rearrange(outputs, "b 1 -> b")
+        ratings = torch.arange(self.settings.num_binned_output, device=outputs.device) + self.settings.label_offset
+        return outputs.softmax(dim=-1) @ ratings.float()
+
+    def _label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        if self.settings.num_binned_output:
+            return F.cross_entropy(outputs, labels.long() - self.settings.label_offset)
+        return F.mse_loss(self._scores(outputs), labels.float())
+
+    def _pair_loss(self, chosen: Texts, rejected: Texts, margin: Tensor | float | None) -> Tensor:
+        """Bradley-Terry, by one pass over both."""
+        if len(chosen.seq) != len(rejected.seq):
+            raise ValueError(f"rejected has {len(rejected.seq)} texts, seq {len(chosen.seq)}: a pair has one of each")
+        if margin is not None and not bool(torch.as_tensor(margin).isfinite().all()):
+            raise ValueError(f"margin ({margin}) must be finite")
+        scores = self._scores(self._outputs(join(chosen, rejected)))
+        first, second = scores.chunk(2)
+        return bradley_terry_loss(first, second, margin=margin).loss
+
+    # copies and files
+
+    def save(self, path: str | Path) -> None:
+        """Write trunk, adapter, embeddings, head and configuration to one file, atomically; see `PaLM.save`."""
+        save_tensors(path, self.state_dict(), kind="RewardModel", config=self.config)
+
+    def load(self, path: str | Path) -> Self:
+        """Become the reward model of a file: its weights, its trunk and its configuration.
+
+        The trunk stays shared with the PaLM given at construction while the file's is the same to the bit. Else the
+        file's replaces it, in the file's dtype and on this model's device, and that PaLM is left as it is. Where the
+        configurations agree, parameters keep their identity, so that an optimizer goes on with them. All is checked
+        before anything changes: after an error the model is as it was.
+
+        Args:
+            path: a file of `save`, or a bare state dict of a model built as this one.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no checkpoint, or one of another model (keys and shapes are named).
+
+        Warns:
+            UserWarning: if the file's configuration differs from this model's; what differs is named.
+        """
+        found = _build(load_tensors(path, kind="RewardModel"), path=path, config=self.config)
+        found.to(self.head.weight.device).train(self.training)
+        trunk = differences(_trunk_facts(self.palm), _trunk_facts(found.palm))
+        differing = trunk + differences(asdict(self.settings), asdict(found.settings))
+        if differing:
+            unused = "; the PaLM given at construction is no longer used" if trunk else ""
+            warnings.warn(
+                f"{path} holds a reward model of another configuration: {', '.join(differing)}. This model takes it "
+                f"over whole, trunk and configuration{unused}",
+                stacklevel=2,
+            )
+        self._become(found)
+        return self
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "RewardModel":
+        """Build the reward model that a file describes, with its weights, on the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds no configuration, or does not fit it.
+        """
+        return _build(load_tensors(path, kind="RewardModel"), path=path)
+
+    def _become(self, found: "RewardModel") -> None:
+        """Take over another model, sharing the present trunk on where the other's is the same."""
+        mine, theirs = dict(self.named_parameters()), dict(found.named_parameters())
+        same_trunk = (
+            self.palm.config == found.palm.config
+            and self.settings.use_lora == found.settings.use_lora
+            and all(_identical(mine[name], theirs[name]) for name in theirs if name.startswith("palm."))
+        )
+        if self.config == found.config:
+            for name, parameter in theirs.items():
+                if not (same_trunk and name.startswith("palm.")):
+                    mine[name].data = parameter.data  # not copy_: that would write into the PaLM given at construction
+            return
+        self.palm = self.palm if same_trunk else found.palm
+        self.adapter, self.head = found.adapter, found.head
+        self.prompt_embed, self.response_embed = found.prompt_embed, found.response_embed
+        self.settings = found.settings
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # load_state_dict copies in place; where the values differ, not into the PaLM that shares the trunk's storage
+        for name, parameter in self.palm.named_parameters():
+            given = state_dict.get(f"{prefix}palm.{name}")
+            shared = not (parameter.requires_grad or parameter.is_meta)
+            if shared and isinstance(given, Tensor) and not _identical(parameter, given):
+                parameter.data = parameter.data.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move like any module, but leave all except the trunk in float32 where that becomes bfloat16 or float16."""
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn if child is self.palm else keep_float32)
+        return super()._apply(keep_float32, recurse=False)
+
+
+def _build(checkpoint: Checkpoint, *, path: str | Path, config: Mapping[str, Any] | None = None) -> RewardModel:
+    """The reward model of a checkpoint, on the CPU; `config` stands in for one that the file lacks."""
+    config = checkpoint.config if checkpoint.kind is not None else config
+    if config is None:
+        raise ValueError(f"{path} holds no configuration; build the RewardModel yourself, then load(path)")
+    settings = dict(config)
+    trunk = settings.pop("palm", None)
+    if not isinstance(trunk, dict):
+        raise ValueError(f"{path} is damaged: its configuration lacks that of the trunk, 'palm'")
+    try:
+        with torch.device("meta"):  # no memory, no random numbers: the tensors of the file take the place of all
+            model = RewardModel(PaLM(**trunk), **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} holds a configuration that builds no reward model: {error}") from error
+    check_state(model.state_dict(), checkpoint.tensors, path=path)
+    odd = [name for name, tensor in checkpoint.tensors.items() if not tensor.is_floating_point()]
+    if odd:
+        raise ValueError(f"{path} is damaged: {odd[0]} holds {checkpoint.tensors[odd[0]].dtype}, not weights")
+    tensors = {
+        name: tensor if name.startswith("palm.") else at_least_float32(tensor)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _trunk_facts(palm: PaLM) -> dict[str, Any]:
+    return palm.config | {"dtype": palm.token_emb.weight.dtype}
+
+
+def _identical(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second.to(first.device))

@@ -1,0 +1,31 @@
+"""What every trainer shares: optimizers, checkpoints, metrics and the supervised loop. Knows nothing of PaLM."""
+
+from palm_rlhf_pytorch.training.atomic import replacing
+from palm_rlhf_pytorch.training.checkpoint import Checkpoint, check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.training.metrics import GLOSSARY, MetricsLog, RunningMean, read_metrics
+from palm_rlhf_pytorch.training.optimizer import (
+    adamw,
+    linear_to_zero,
+    parameter_groups,
+    scale_learning_rates,
+    warmup_cosine,
+)
+from palm_rlhf_pytorch.training.supervised import fit
+
+__all__ = [
+    "GLOSSARY",
+    "Checkpoint",
+    "MetricsLog",
+    "RunningMean",
+    "adamw",
+    "check_state",
+    "fit",
+    "linear_to_zero",
+    "load_tensors",
+    "parameter_groups",
+    "read_metrics",
+    "replacing",
+    "save_tensors",
+    "scale_learning_rates",
+    "warmup_cosine",
+]

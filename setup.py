@@ -1,0 +1,38 @@
+"""Metadata of the package; tool settings and the build backend are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="palm-rlhf-pytorch",
+    version="0.1.0",
+    description=(
+        "RLHF (PPO) on a PaLM language model, in PyTorch. The name on PyPI belongs to the original project:"
+        " install this one from its repository."
+    ),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["palm_rlhf_pytorch*"]),
+    package_data={"palm_rlhf_pytorch": ["py.typed"]},
+    zip_safe=False,
+    python_requires=">=3.11",
+    install_requires=["torch>=2.13", "einops", "beartype", "accelerate", "tqdm", "numpy"],
+    extras_require={"test": ["pytest", "ruff", "mypy"]},
+    entry_points={"console_scripts": ["palm-rlhf=palm_rlhf_pytorch.cli.main:main"]},
+    keywords=["reinforcement learning", "human feedback", "language model", "transformers"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Operating System :: POSIX",
+        "Typing :: Typed",
+    ],
+)

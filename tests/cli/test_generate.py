@@ -1,0 +1,67 @@
+"""`palm-rlhf generate` on a tiny checkpoint."""
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.cli.generate import sample_texts
+from palm_rlhf_pytorch.cli.main import main
+from palm_rlhf_pytorch.palm.transformer import PaLM
+
+
+@pytest.fixture
+def palm():
+    torch.manual_seed(0)
+    return PaLM(num_tokens=259, dim=16, depth=1, heads=3, dim_head=4)
+
+
+@pytest.fixture
+def checkpoint(palm, tmp_path):
+    palm.save(tmp_path / "palm.pt")
+    return str(tmp_path / "palm.pt")
+
+
+def test_generate_prints_the_prompt_with_each_sample(checkpoint, capsys):
+    assert main(["generate", checkpoint, "Hé", "--max-new-tokens", "5", "--num-samples", "3", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("--- sample") == 3 and printed.count("\nHé") == 3
+
+
+def test_generate_repeats_with_its_seed(checkpoint, capsys):
+    printed = []
+    for seed in ("1", "1", "2"):
+        main(["generate", checkpoint, "abc", "--max-new-tokens", "12", "--seed", seed, "--device", "cpu"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_greedy_samples_are_the_most_likely_bytes(palm):
+    with torch.no_grad():
+        palm.token_emb.weight.mul_(3)
+    first, second = sample_texts(palm.eval(), "ab", max_new_tokens=1, temperature=0.0, num_samples=2)
+    token = int(palm(torch.tensor([[97, 98]]))[0, -1].argmax())
+    assert first == second == "ab" + bytes([token] if token < 256 else []).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["", "--device", "cpu"], "prompt is empty"),
+        (["a", "--num-samples", "0"], "--num-samples 0"),
+        (["a", "--max-new-tokens", "0"], r"max_new_tokens (0)"),
+        (["a", "--temperature", "-1"], "temperature"),
+        (["a", "--top-p", "2"], "top_p"),
+        (["a", "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_generate_refuses_bad_options(checkpoint, capsys, options, message):
+    assert main(["generate", checkpoint, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("palm-rlhf generate: error: ") and message in error and error.count("\n") == 1
+
+
+def test_generate_refuses_a_missing_file_and_another_vocabulary(tmp_path, capsys):
+    assert main(["generate", str(tmp_path / "none.pt"), "a"]) == 2
+    assert "none.pt" in capsys.readouterr().err
+    PaLM(num_tokens=31, dim=8, depth=1, heads=1, dim_head=4).save(tmp_path / "small.pt")
+    assert main(["generate", str(tmp_path / "small.pt"), "a"]) == 2
+    assert "num_tokens=31" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""`palm-rlhf pretrain` on small texts."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.cli.main import main
+from palm_rlhf_pytorch.cli.pretrain import bits_per_byte, held_out_tails
+from palm_rlhf_pytorch.palm.transformer import PaLM
+
+TINY = ["--dim", "16", "--depth", "1", "--heads", "2", "--dim-head", "8", "--length", "24", "--batch-size", "4"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat, and the dog lay on the log. " * 40, encoding="utf-8")
+    return str(path)
+
+
+def printed_bits(printed, when):
+    return float(printed.split(f"bits per byte {when}: ")[1].split()[0])
+
+
+def test_pretrain_learns_saves_and_logs(text, tmp_path, capsys):
+    out = tmp_path / "run" / "palm.pt"
+    argv = ["pretrain", text, text, "--out", str(out), "--steps", "60", "--lr", "0.01", "--device", "cpu", *TINY]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert abs(printed_bits(printed, "before") - math.log2(259)) < 0.15
+    assert printed_bits(printed, "after") < 5.0
+    assert "sample: " in printed and str(out) in printed
+    records = [json.loads(line) for line in (out.parent / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/bits_per_byte" in record for record in records)
+    assert any("train/loss" in record for record in records)
+    assert main(["generate", str(out), "the ", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+
+
+def test_pretrain_repeats_with_its_seed(text, tmp_path):
+    for name in ("a", "b"):
+        main(["pretrain", text, "--out", str(tmp_path / name / "palm.pt"), "--steps", "3", "--device", "cpu", *TINY])
+    first, second = (PaLM.from_checkpoint(tmp_path / name / "palm.pt").state_dict() for name in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "5000"], "length (5000)"),
+        (["--held-out", "1.5"], "held_out (1.5)"),
+        (["--dim-head", "7"], "dim_head (7)"),
+        (["--batch-size", "0"], "batch_size (0)"),
+        (["--steps", "0"], "0"),
+        (["--lr", "-1"], "-1"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_pretrain_refuses_bad_options_and_writes_no_model(text, tmp_path, capsys, options, message):
+    out = tmp_path / "run" / "palm.pt"
+    assert main(["pretrain", text, "--out", str(out), "--device", "cpu", *TINY, *options]) == 2
+    error = capsys.readouterr().err
+    assert "palm-rlhf pretrain: error: " in error and message in error
+    assert not out.exists()
+
+
+def test_pretrain_refuses_files_it_cannot_use(text, tmp_path, capsys):
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(b"ab\xff")
+    for path, message in [
+        (str(broken), "offset 2"),
+        (str(tmp_path / "none.txt"), "none.txt"),
+        (str(tmp_path), "folder"),
+    ]:
+        assert main(["pretrain", text, path]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["pretrain", text, "--out", str(tmp_path), *TINY]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_held_out_tails_are_the_ends_of_each_text():
+    train, tails = held_out_tails(["abcdefgh", "xy"], 0.3)
+    assert train.tolist() == [*b"abcdef", *b"xy"]
+    assert tails.tolist() == [*b"gh", 257, 257]
+    with pytest.raises(ValueError, match="nothing to judge by"):
+        held_out_tails(["abc"], 0.05)
+
+
+def test_bits_per_byte_is_the_loss_of_every_byte_once():
+    torch.manual_seed(0)
+    palm = PaLM(num_tokens=259, dim=8, depth=1, heads=2, dim_head=4).eval()
+    tokens = torch.randint(0, 256, (13,))
+    logprobs = []
+    for window in (tokens[0:5], tokens[4:9], tokens[8:13]):
+        predicted = palm(window[None])[0, :-1].log_softmax(dim=-1)
+        logprobs.extend(predicted.gather(1, window[1:, None]).flatten().tolist())
+    assert len(logprobs) == 12
+    expected = -sum(logprobs) / 12 / math.log(2)
+    assert bits_per_byte(palm, tokens, length=5, batch_size=2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_bits_per_byte_keeps_the_mode_and_takes_short_texts():
+    palm = PaLM(num_tokens=259, dim=8, depth=1, heads=2, dim_head=4).train()
+    assert bits_per_byte(palm, torch.tensor([1, 2, 3]), length=100) == pytest.approx(math.log2(259), abs=0.3)
+    assert palm.training
+    with pytest.raises(ValueError, match=r"\(1\)"):
+        bits_per_byte(palm, torch.tensor([1]), length=100)

@@ -1,0 +1,263 @@
+"""Masked statistics, ragged batches and log-probabilities: by hand, and against the plain route."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.tensors import (
+    chosen_logprobs,
+    lengths_to_mask,
+    logprobs_of,
+    masked_mean,
+    masked_moments,
+    masked_whiten,
+    pad_ragged,
+)
+
+NAN = float("nan")
+
+
+def random_head(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, 7, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(11, 7, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(11, (3, 5), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 15, 1024])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_chosen_logprobs_equal_log_softmax_with_gradients(chunk_size: int, temperature: float) -> None:
+    hidden, weight, ids = random_head()
+    chosen = chosen_logprobs(hidden, weight, ids, temperature=temperature, chunk_size=chunk_size)
+    plain = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
+    expected = plain.gather(-1, ids[..., None])[..., 0]
+    expected_entropy = torch.distributions.Categorical(logits=plain).entropy()
+    torch.testing.assert_close(chosen.logprobs, expected)
+    torch.testing.assert_close(chosen.entropy, expected_entropy)
+    factor = torch.linspace(-1, 2, 15).reshape(3, 5)
+    grads = torch.autograd.grad((chosen.logprobs * factor + chosen.entropy).sum(), (hidden, weight))
+    expected_grads = torch.autograd.grad((expected * factor + expected_entropy).sum(), (hidden, weight))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_chosen_logprobs_of_bfloat16_weights_are_float32() -> None:
+    hidden, weight, ids = random_head(torch.bfloat16)
+    chosen = chosen_logprobs(hidden, weight, ids, temperature=0.7, chunk_size=4)
+    plain = torch.log_softmax((hidden @ weight.T).float() / 0.7, dim=-1)
+    assert chosen.logprobs.dtype == chosen.entropy.dtype == torch.float32
+    torch.testing.assert_close(chosen.logprobs, plain.gather(-1, ids[..., None])[..., 0])
+    chosen.logprobs.sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16 and weight.grad.isfinite().all()
+
+
+def test_chosen_logprobs_are_the_same_bits_with_and_without_gradient() -> None:
+    hidden, weight, ids = random_head()
+    with torch.no_grad():
+        old = chosen_logprobs(hidden, weight, ids, chunk_size=4).logprobs
+    assert torch.equal(old, chosen_logprobs(hidden, weight, ids, chunk_size=4).logprobs)
+
+
+def test_chosen_logprobs_keep_no_logits_for_the_backward_pass() -> None:
+    hidden, weight, ids = random_head()
+    kept: list[tuple[int, ...]] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        chosen_logprobs(hidden, weight, ids, chunk_size=4)
+    assert not [shape for shape in kept if len(shape) == 2 and shape[-1] == 11 and shape != (11, 7)]
+
+
+def test_chosen_logprobs_of_no_token_are_empty() -> None:
+    hidden, weight, ids = random_head()
+    chosen = chosen_logprobs(hidden[:0], weight, ids[:0])
+    assert chosen.logprobs.shape == (0, 5)
+    chosen.logprobs.sum().backward()
+
+
+def test_entropy_of_uniform_distribution_is_plus_its_logarithm() -> None:
+    chosen = chosen_logprobs(torch.zeros(1, 3), torch.ones(8, 3), torch.tensor([5]))
+    torch.testing.assert_close(chosen.entropy, torch.tensor([2.0794415417]))
+    torch.testing.assert_close(chosen.logprobs, torch.tensor([-2.0794415417]))
+
+
+def test_logprobs_are_exact_in_the_tail_with_gradient() -> None:
+    logits = torch.tensor([[0.0, -60.0]], requires_grad=True)
+    logprobs = logprobs_of(logits, torch.tensor([1]))
+    assert logprobs.item() == -60.0
+    (grad,) = torch.autograd.grad(logprobs.sum(), logits)
+    assert grad.tolist() == [[-1.0, 1.0]]
+    chosen = chosen_logprobs(logits, torch.eye(2), torch.tensor([1])).logprobs
+    assert chosen.item() == -60.0
+    (grad,) = torch.autograd.grad(chosen.sum(), logits)
+    assert grad.tolist() == [[-1.0, 1.0]]
+
+
+def test_logprobs_divide_logits_by_the_temperature() -> None:
+    logits = torch.tensor([[math.log(0.5), math.log(0.3), math.log(0.2)]])
+    # At temperature 1/2 probabilities are squared: .25, .09, .04 of .38.
+    logprobs = logprobs_of(logits, torch.tensor([1]), temperature=0.5)
+    torch.testing.assert_close(logprobs, torch.tensor([math.log(0.09 / 0.38)]))
+
+
+def test_logprobs_of_half_precision_logits_are_float32() -> None:
+    logprobs = logprobs_of(torch.zeros(2, 20_000, dtype=torch.float16), torch.tensor([0, 19_999]))
+    torch.testing.assert_close(logprobs, torch.full((2,), -math.log(20_000)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
+def test_logprobs_refuse_temperature_not_above_zero(temperature: float) -> None:
+    hidden, weight, ids = random_head()
+    with pytest.raises(ValueError, match="temperature"):
+        chosen_logprobs(hidden, weight, ids, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature"):
+        logprobs_of(hidden, ids, temperature=temperature)
+
+
+def test_logprobs_refuse_shapes_that_do_not_fit() -> None:
+    hidden, weight, ids = random_head()
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5, 7\)"):
+        logprobs_of(hidden, ids[:, :4])
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5, 7\)"):
+        chosen_logprobs(hidden, weight, ids[:, :4])
+    with pytest.raises(ValueError, match=r"\(3, 5, 7\).*\(7, 11\)"):
+        chosen_logprobs(hidden, weight.T, ids)
+    with pytest.raises(ValueError, match="chunk_size"):
+        chosen_logprobs(hidden, weight, ids, chunk_size=0)
+    with pytest.raises(TypeError, match="float32"):
+        logprobs_of(hidden, ids.float())
+
+
+def test_masked_mean_counts_true_elements_only() -> None:
+    x = torch.tensor([[1.0, 2.0, NAN], [4.0, NAN, NAN]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    torch.testing.assert_close(masked_mean(x, mask), torch.tensor(7 / 3))
+    torch.testing.assert_close(masked_mean(x, mask, dim=1), torch.tensor([1.5, 4.0]))
+    torch.testing.assert_close(masked_mean(x, mask, dim=0), torch.tensor([2.5, 2.0, 0.0]))
+
+
+def test_masked_mean_pools_features_over_positions() -> None:
+    x = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [NAN, NAN]], [[NAN, NAN]] * 3])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    torch.testing.assert_close(masked_mean(x, mask, dim=1), torch.tensor([[2.0, 20.0], [0.0, 0.0]]))
+
+
+def test_masked_mean_of_nothing_is_zero_with_zero_gradient() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    mean = masked_mean(x, torch.zeros(2, 3, dtype=torch.bool))
+    mean.backward()
+    assert mean.item() == 0 and x.grad is not None and x.grad.eq(0).all()
+
+
+def test_masked_statistics_refuse_other_shapes_and_dtypes() -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"\(2, 1\).*\(2, 3\)"):
+        masked_mean(x, torch.ones(2, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
+        masked_whiten(x, torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="torch.bool"):
+        masked_mean(x, torch.ones(2, 3))
+
+
+def test_moments_are_of_the_population() -> None:
+    moments = masked_moments(torch.tensor([1.0, 2.0, 6.0, NAN]), torch.tensor([True, True, True, False]))
+    # Mean 3, squared deviations 4 + 1 + 9 = 14.
+    torch.testing.assert_close(tuple(moments), (torch.tensor(3.0), torch.tensor(3.0), torch.tensor(14 / 3)))
+
+
+def test_moments_of_a_large_mean_keep_the_variance() -> None:
+    x = 10_000 + torch.tensor([-0.5, 0.5, -0.5, 0.5])
+    torch.testing.assert_close(masked_moments(x, torch.ones(4, dtype=torch.bool)).var, torch.tensor(0.25))
+
+
+def test_moments_of_nothing_are_zero() -> None:
+    moments = masked_moments(torch.tensor([NAN, 1.0]), torch.tensor([False, False]))
+    assert [moment.item() for moment in moments] == [0, 0, 0]
+
+
+def test_moments_of_half_precision_are_taken_in_float32() -> None:
+    moments = masked_moments(torch.full((3_000,), 1.5, dtype=torch.bfloat16), torch.ones(3_000, dtype=torch.bool))
+    assert [moment.item() for moment in moments] == [3_000, 1.5, 0]
+
+
+def test_whitening_is_global_over_ranks() -> None:
+    # The other rank holds 3 and 6: sum 9, count 2; about the common mean 3 their squared deviations sum to 9.
+    others = iter([torch.tensor([9.0, 2.0]), torch.tensor(9.0)])
+    whitened = masked_whiten(
+        torch.tensor([1.0, 2.0]), torch.tensor([True, True]), reduce=lambda total: total + next(others)
+    )
+    torch.testing.assert_close(whitened, torch.tensor([-2.0, -1.0]) / math.sqrt(3.5))
+
+
+def test_whitened_advantages_match_the_worked_example() -> None:
+    advantages = torch.tensor([0.6683125, 0.60875, 0.425, NAN], dtype=torch.float64)
+    whitened = masked_whiten(advantages, torch.tensor([True, True, True, False]))
+    expected = torch.tensor([0.974924383, 0.399747162, -1.374671545, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(whitened, expected, rtol=0, atol=1e-9)
+    # Not the Bessel-corrected (.796022549, .326392242, -1.122414791).
+    assert abs(whitened[0].item() - 0.796022549) > 0.1
+
+
+def test_whitening_can_keep_the_mean() -> None:
+    whitened = masked_whiten(torch.tensor([1.0, 2.0, 6.0]), torch.ones(3, dtype=torch.bool), shift_mean=False)
+    torch.testing.assert_close(whitened, 3 + torch.tensor([-2.0, -1.0, 3.0]) / math.sqrt(14 / 3))
+
+
+@pytest.mark.parametrize("x", [[3.7, 1.0], [5.0, 5.0]])
+def test_whitening_of_equal_values_is_zero(x: list[float]) -> None:
+    mask = torch.tensor([True, x[0] == x[1]])
+    assert masked_whiten(torch.tensor(x), mask).tolist() == [0, 0]
+
+
+def test_whitening_once_keeps_a_minibatch_of_one_alive() -> None:
+    x = torch.tensor([[1.0], [2.0], [6.0]])
+    whitened = masked_whiten(x, torch.ones(3, 1, dtype=torch.bool))
+    assert all(row.abs().item() > 0.4 for row in whitened)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_ragged_sequences_are_padded_where_asked(left: bool) -> None:
+    padded, mask = pad_ragged([torch.tensor([5, 0, 6]), torch.tensor([7]), torch.tensor([0, 0])], left=left)
+    if left:
+        assert padded.tolist() == [[5, 0, 6], [0, 0, 7], [0, 0, 0]]
+        assert mask.tolist() == [[True, True, True], [False, False, True], [False, True, True]]
+    else:
+        assert padded.tolist() == [[5, 0, 6], [7, 0, 0], [0, 0, 0]]
+        assert mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+
+
+def test_ragged_sequences_come_back_from_their_mask() -> None:
+    sequences = [torch.arange(length, dtype=torch.float32) for length in (4, 1, 0, 3)]
+    padded, mask = pad_ragged(sequences, pad_value=-1, left=True)
+    assert padded.dtype == torch.float32 and padded[~mask].eq(-1).all()
+    for row, sequence in enumerate(sequences):
+        assert torch.equal(padded[row][mask[row]], sequence)
+
+
+def test_ragged_sequences_refuse_bad_input() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        pad_ragged([])
+    with pytest.raises(ValueError, match=r"sequences\[1\].*\(1, 2\)"):
+        pad_ragged([torch.tensor([1]), torch.tensor([[1, 2]])])
+    with pytest.raises(TypeError, match=r"sequences\[1\].*float32"):
+        pad_ragged([torch.tensor([1]), torch.tensor([1.0])])
+
+
+def test_lengths_become_leading_places() -> None:
+    mask = lengths_to_mask(torch.tensor([2, 0, 3]), 3)
+    assert mask.tolist() == [[True, True, False], [False, False, False], [True, True, True]]
+
+
+def test_lengths_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[2, 4\].*3"):
+        lengths_to_mask(torch.tensor([2, 4]), 3)
+    with pytest.raises(ValueError, match="-1"):
+        lengths_to_mask(torch.tensor([-1]), 3)
+    with pytest.raises(ValueError, match=r"\(1, 1\)"):
+        lengths_to_mask(torch.tensor([[1]]), 3)
+    with pytest.raises(TypeError, match="float32"):
+        lengths_to_mask(torch.tensor([1.0]), 3)

@@ -1,0 +1,119 @@
+"""Token windows, files of text, held-out documents."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from palm_rlhf_pytorch.text.datasets import (
+    TokenStream,
+    read_prompts,
+    read_texts,
+    split_documents,
+)
+
+
+def test_stream_yields_windows_of_the_tokens():
+    tokens = torch.arange(11) * 10
+    for batch in islice(TokenStream(tokens, length=3, batch_size=5, seed=0), 4):
+        assert batch["seq"].shape == (5, 3) and batch["seq"].dtype == torch.long
+        assert (batch["seq"].diff(dim=1) == 10).all()
+
+
+def test_stream_reaches_every_start_equally():
+    batch = next(iter(TokenStream(torch.arange(7), length=3, batch_size=5000, seed=1)))
+    shares = batch["seq"][:, 0].bincount(minlength=5) / 5000
+    assert len(shares) == 5
+    assert torch.allclose(shares, torch.full((5,), 0.2), atol=0.03)
+
+
+def test_stream_repeats_with_its_seed_and_leaves_the_global_state():
+    state = torch.get_rng_state()
+    stream = TokenStream(torch.arange(100), length=4, batch_size=3, seed=5)
+    first, second = ([batch["seq"] for batch in islice(stream, 3)] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert not torch.equal(first[0], first[1])
+    other = next(iter(TokenStream(torch.arange(100), length=4, batch_size=3, seed=6)))
+    assert not torch.equal(first[0], other["seq"])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_stream_of_a_memory_map_equals_that_of_a_tensor(tmp_path):
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", dtype=np.uint16, mode="r")
+    routes = [
+        next(iter(TokenStream(tokens, length=6, batch_size=2, seed=3)))["seq"] for tokens in (mapped, torch.arange(50))
+    ]
+    assert torch.equal(*routes)
+
+
+def test_stream_of_exactly_one_window_works():
+    batch = next(iter(TokenStream(torch.arange(4), length=4, batch_size=2, seed=0)))
+    assert batch["seq"].tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "batch_size", "error", "message"),
+    [
+        (torch.arange(3), 4, 1, ValueError, r"tokens \(3\).*length \(4\)"),
+        (torch.arange(3), 0, 1, ValueError, r"length \(0\)"),
+        (torch.arange(3), 2, 0, ValueError, r"batch_size \(0\)"),
+        (torch.zeros(2, 3).long(), 2, 1, ValueError, r"\(2, 3\)"),
+        (torch.zeros(3), 2, 1, TypeError, "float32"),
+    ],
+)
+def test_stream_refuses_bad_input(tokens, length, batch_size, error, message):
+    with pytest.raises(error, match=message):
+        TokenStream(tokens, length=length, batch_size=batch_size, seed=0)
+
+
+def test_read_prompts_skips_blank_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffhello\r\n\n   \n world \u2028 wide\x0c\n".encode())
+    assert read_prompts(path) == ["hello", " world \u2028 wide\x0c"]
+
+
+def test_read_prompts_refuses_a_file_without_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
+        read_prompts(path)
+
+
+def test_read_texts_keeps_the_order_of_paths(tmp_path):
+    for name, text in (("b.txt", "première\n"), ("a.txt", "")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_texts([tmp_path / "b.txt", str(tmp_path / "a.txt")]) == ["première\n", ""]
+
+
+def test_read_texts_names_the_file_and_the_byte(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"caf\xe9 noir")
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 3"):
+        read_texts([path])
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
+        read_texts([tmp_path / "missing.txt"])
+    with pytest.raises(ValueError, match="is a folder"):
+        read_texts([tmp_path])
+    with pytest.raises(TypeError, match=r"\[path\]"):
+        read_texts(str(path))
+
+
+def test_split_documents_divides_without_loss_in_order():
+    documents = [f"document {index}" for index in range(41)]
+    split = split_documents(documents, held_out=0.1, seed=2)
+    assert len(split.held_out) == 4
+    assert sorted(split.train + split.held_out, key=documents.index) == documents
+    assert [split.train, split.held_out] == [sorted(side, key=documents.index) for side in split]
+    assert split == split_documents(documents, held_out=0.1, seed=2)
+    assert split != split_documents(documents, held_out=0.1, seed=3)
+
+
+def test_split_documents_leaves_neither_side_empty():
+    assert [len(side) for side in split_documents(["a", "b"], held_out=0.01)] == [1, 1]
+    assert [len(side) for side in split_documents(["a", "b"], held_out=0.99)] == [1, 1]
+    with pytest.raises(ValueError, match=r"documents \(1\)"):
+        split_documents(["a"])
+    with pytest.raises(ValueError, match=r"held_out \(1.0\)"):
+        split_documents(["a", "b"], held_out=1.0)
