@@ -21,8 +21,12 @@ setup(
     package_data={"palm_rlhf_pytorch": ["py.typed"]},
     zip_safe=False,
     python_requires=">=3.11",
-    install_requires=["torch>=2.13", "einops", "beartype", "accelerate", "tqdm", "numpy"],
-    extras_require={"test": ["pytest", "ruff", "mypy"]},
+    install_requires=["torch>=2.13", "einops", "beartype>=0.23", "accelerate", "tqdm", "numpy"],
+    extras_require={
+        "test": ["pytest", "ruff", "mypy"],
+        "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}
+        "tensorboard": ["tensorboard"],  # accelerate_kwargs={"log_with": "tensorboard", "project_dir": ...}
+    },
     entry_points={"console_scripts": ["palm-rlhf=palm_rlhf_pytorch.cli.main:main"]},
     keywords=["reinforcement learning", "human feedback", "language model", "transformers"],
     classifiers=[

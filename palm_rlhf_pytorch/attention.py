@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from palm_rlhf_pytorch.tensors import at_least_float32
-
 
 def attend(
     q: Tensor,
@@ -41,7 +39,8 @@ def attend(
     """
     if fused:
         return _attend_fused(q, k, v, scale=scale, causal=causal, mask=mask, dropout=dropout)
-    products = torch.einsum("bhid,bjd->bhij", at_least_float32(q) * scale, at_least_float32(k))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    products = torch.einsum("bhid,bjd->bhij", q.to(exact) * scale, k.to(exact))
     if causal and mask is None:
         mask = attention_mask(None, q.shape[2], k.shape[1], causal=True, device=q.device)
     if mask is not None:
@@ -92,11 +91,6 @@ def attention_mask(
     return (allowed & key_mask[:, None]) | (columns == places)[None]
 
 
-def token_positions(mask: Tensor) -> Tensor:
-    """Position of each token among its row's real ones, from 0; mask and positions (b, n). Padding gets a neighbour's."""
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
-
-
 class KVCache:
     """Keys and values of all layers, preallocated for max_length tokens; belongs to one call, so calls can overlap.
 
@@ -140,3 +134,27 @@ class KVCache:
         new = slice(self.filled - k.shape[1], self.filled)
         self.keys[layer, :, new], self.values[layer, :, new] = k, v
         return self.keys[layer, :, : self.filled], self.values[layer, :, : self.filled]
+
+
+def place_tokens(
+    tokens: int, mask: Tensor | None, cache: KVCache | None, *, causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Positions of a pass's tokens, (n,) or (b, n), and what they may look at, (b or 1, n, j).
+
+    Positions count a row's real tokens from 0, so padding on either side changes none; padding gets a neighbour's.
+
+    Args:
+        tokens: n.
+        mask: True on real tokens, (b, n), or None where all are.
+        cache: what comes before them, if anything; they are admitted to it.
+        causal: tokens see no later one.
+        device: where the tokens are.
+
+    Returns:
+        Positions, and the mask of `attend`, None where `causal` alone says it.
+    """
+    if cache is not None:
+        return cache.admit(mask, tokens), cache.visible(tokens)
+    if mask is None:
+        return torch.arange(tokens, device=device), None
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0), attention_mask(mask, tokens, tokens, causal=causal)

@@ -264,6 +264,28 @@ def check_token_ids(ids: Tensor, num_tokens: int, *, name: str, allow_negative: 
     )
 
 
+def split_rows(lengths: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
+    """Cut rows, in their order, into batches of at most max_rows whose padded size stays within max_tokens.
+
+    Args:
+        lengths: tokens of each row, (b,).
+        max_rows: rows of a batch.
+        max_tokens: rows times the longest of them; a longer row is a batch of its own.
+
+    Returns:
+        Row numbers of each batch, on the device of lengths.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for row, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if not batches or len(batches[-1]) == max_rows or (len(batches[-1]) + 1) * longest > max_tokens:
+            batches.append([])
+            longest = length
+        batches[-1].append(row)
+    return [torch.tensor(batch, device=lengths.device) for batch in batches]
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, or untouched when it is float64: softmax, logs and sums are taken in this dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,6 +5,7 @@ Knows nothing of tokens, other layers, or how its cache is kept.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,23 @@ from palm_rlhf_pytorch.lora import LayerAdapter
 from palm_rlhf_pytorch.rotary import RotaryFactors, rotate
 
 RMS_EPS = 1e-6  # the same in every dtype: torch's default is 0.008 in bfloat16, which shrinks what it normalises
+
+
+class Pass(NamedTuple):
+    """What all layers of one forward pass have in common.
+
+    rotary: factors that place queries and keys.
+    causal: each query sees the keys up to its own place; for a pass without mask.
+    mask: True where a query may look at a key, (b or 1, i, j), or None.
+    attn_dropout: probability of dropping an attention weight.
+    ff_dropout: probability of dropping a feedforward feature.
+    """
+
+    rotary: RotaryFactors
+    causal: bool
+    mask: Tensor | None
+    attn_dropout: float
+    ff_dropout: float
 
 
 class ParallelTransformerBlock(nn.Module):
@@ -38,30 +56,30 @@ class ParallelTransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: RotaryFactors,
+        common: Pass,
         *,
-        causal: bool,
-        mask: Tensor | None,
-        lora: LayerAdapter | None,
-        attn_dropout: float,
-        ff_dropout: float,
-        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        lora: LayerAdapter | None = None,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """The layer's update of x (b, n, d); `store` swaps new keys and values for all that the cache holds."""
+        """The layer's update of x (b, n, d); `store` swaps new keys and values for all that a cache holds."""
         x = self.norm(x)
         projected = self.in_proj(x)
         q, k, v, ff, gate = projected.split(self.splits, dim=-1)
         if lora is not None:
-            dq, dk, dv = lora.project_in(x).split(self.splits[:3], dim=-1)
+            # in the projection's dtype: under autocast x is wider, and adapted passes alone would attend in float32
+            dq, dk, dv = lora.project_in(x).to(projected.dtype).split(self.splits[:3], dim=-1)
             q, k, v = q + dq, k + dk, v + dv
         q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
-        q, k = self._place(q, k, rotary)
+        q, k = self._place(q, k, common.rotary)
         if store is not None:
             k, v = store(k, v)
-        out = attend(q, k, v, scale=self.scale, causal=causal, mask=mask, dropout=attn_dropout, fused=self.fused)
+        out = attend(
+            q, k, v, scale=self.scale, causal=common.causal, mask=common.mask, dropout=common.attn_dropout,
+            fused=self.fused,
+        )  # fmt: skip
         out = rearrange(out, "b h n d -> b n (h d)")
         ff = F.silu(gate) * ff
-        ff = F.dropout(ff, ff_dropout) if ff_dropout > 0 else ff
+        ff = F.dropout(ff, common.ff_dropout) if common.ff_dropout > 0 else ff
         update = self.out_proj(torch.cat((out, ff), dim=-1))
         return update if lora is None else update + lora.o(out)
 
@@ -73,11 +91,13 @@ class ParallelTransformerBlock(nn.Module):
         return rotate(q, *query_factors), rotate(k, rotary.key_cos, rotary.key_sin)
 
     @torch.no_grad()
-    def merge(self, lora: LayerAdapter) -> None:
-        """Add an adapter's update to the weights, summed in float32.
+    def merge(self, lora: LayerAdapter | None) -> None:
+        """Add an adapter's update, if there is one, to the weights, summed in float32.
 
         The sums are new tensors: a model that shares its weights with this one keeps them as they were.
         """
+        if lora is None:
+            return
         into = self.in_proj.weight
         update = torch.cat((lora.q.delta(), lora.k.delta(), lora.v.delta())).to(into.device)
         into.data = (into + F.pad(update, (0, 0, 0, len(into) - len(update)))).to(into.dtype)

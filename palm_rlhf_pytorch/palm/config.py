@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ARGUMENTS = (
+    "num_tokens", "dim", "depth", "causal", "dim_head", "heads", "ff_mult", "attn_dropout", "ff_dropout", "qk_rmsnorm",
+    "qk_scale", "lora_r", "rotary_xpos_scale_base", "flash_attn", "cross_entropy_ignore_index",
+)  # fmt: skip
 SIZES = ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "lora_r")  # counts, at least 1
 SHAPING = ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "qk_rmsnorm")  # which tensors there are
 BEHAVIOUR = ("causal", "qk_scale", "rotary_xpos_scale_base")  # the same tensors, another function
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse arguments of PaLM from which no model can be built.
+def checked_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of PaLM from which the same model can be built again, refused where none can.
+
+    Args:
+        arguments: of the constructor, by name; others among them are left out.
 
     Raises:
         ValueError: if a size is not positive, dim_head is odd, a dropout is outside [0, 1), or a scale is not positive.
     """
+    config = {name: arguments[name] for name in ARGUMENTS}
     for name in SIZES:
         if config[name] < 1:
             raise ValueError(f"{name} ({config[name]}) must be at least 1")
@@ -31,6 +39,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     base = config["rotary_xpos_scale_base"]
     if base is not None and base < 1:
         raise ValueError(f"rotary_xpos_scale_base ({base}) must be at least 1, or None for no decay")
+    return config
 
 
 def check_dropout(dropout: float, *, name: str) -> None:

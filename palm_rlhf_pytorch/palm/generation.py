@@ -9,11 +9,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from palm_rlhf_pytorch.attention import KVCache
 from palm_rlhf_pytorch.lora import Adapter
+from palm_rlhf_pytorch.palm.inputs import check_generator, check_length, check_prompt_mask, check_prompts
 from palm_rlhf_pytorch.palm.sampling import check_sampling, sample_tokens
-from palm_rlhf_pytorch.tensors import align_right, check_token_ids, lengths_to_mask
+from palm_rlhf_pytorch.tensors import align_right, lengths_to_mask
 
 STEPS_BETWEEN_STOP_CHECKS = 16  # asking a CUDA device whether all rows have ended makes it wait; a CPU answers at once
 
@@ -33,19 +35,6 @@ class Generation(NamedTuple):
     ended: Tensor
 
 
-class Prompts(NamedTuple):
-    """Prompts that have been checked.
-
-    ids: (b, p).
-    mask: True on real tokens, (b, p), or None where all are.
-    room: new tokens each row may take, at least 1, (b,).
-    """
-
-    ids: Tensor
-    mask: Tensor | None
-    room: Tensor
-
-
 class Decoder(Protocol):
     """What generation asks of a language model."""
 
@@ -61,6 +50,23 @@ class Decoder(Protocol):
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., v) of hidden states (..., d)."""
+        ...
+
+
+class LanguageModel(Decoder, Protocol):
+    """What checking a user's prompts asks besides."""
+
+    num_tokens: int
+    causal: bool
+
+    @property
+    def max_length(self) -> int | float:
+        """How many tokens a row may have."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
         ...
 
 
@@ -143,62 +149,54 @@ def generate_responses(
     return Generation(tokens[:, :longest], mask, logprobs, ended)
 
 
-def check_prompts(
-    prompt: Tensor, prompt_mask: Tensor | None, *, num_tokens: int, seq_len: int, device: torch.device
-) -> Prompts:
-    """What a user gave as prompts, checked and moved to the device.
-
-    Args:
-        prompt: token ids, (n,) or (b, n).
-        prompt_mask: True on real tokens, of the same shape, or None where all are.
-        num_tokens: vocabulary of the model.
-        seq_len: tokens of prompt and response together, for each row.
-        device: where the model is.
-
-    Raises:
-        TypeError: if prompt does not hold integers, or prompt_mask is not bool.
-        ValueError: if shapes do not fit, an id is out of range, a row is empty or all padding, or a prompt leaves no
-            room within seq_len.
-    """
-    if prompt.dim() == 1:
-        prompt, prompt_mask = prompt[None], None if prompt_mask is None else prompt_mask[None]
-    check_token_ids(prompt, num_tokens, name="prompt")
-    if prompt_mask is None:
-        lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=device)
-    else:
-        _check_prompt_mask(prompt_mask, prompt)
-        prompt_mask = prompt_mask.to(device)
-        lengths = prompt_mask.sum(dim=-1)
-    if int(lengths.max()) >= seq_len:
-        raise ValueError(
-            f"seq_len ({seq_len}) counts the prompt: it must be above the longest prompt's {int(lengths.max())} tokens"
-        )
-    return Prompts(prompt.to(device), prompt_mask, seq_len - lengths)
-
-
-def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """Raise a ValueError unless the generator draws on the device."""
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(
-            f"generator draws on {generator.device}, the model is on {device}; use torch.Generator(device={device})"
-        )
-
-
-def _check_prompt_mask(prompt_mask: Tensor, prompt: Tensor) -> None:
-    if prompt_mask.dtype != torch.bool:
-        raise TypeError(f"prompt_mask is {prompt_mask.dtype}: it must be torch.bool, True on real tokens")
-    if prompt_mask.shape != prompt.shape:
-        raise ValueError(f"prompt_mask {tuple(prompt_mask.shape)} must have the prompt's shape {tuple(prompt.shape)}")
-    empty = ~prompt_mask.any(dim=-1)
-    if bool(empty.any()):
-        raise ValueError(f"prompt row {int(empty.int().argmax())} is all padding; a prompt takes at least one token")
+@torch.no_grad()
+def continue_prompts(
+    model: LanguageModel,
+    seq_len: int,
+    prompt: Tensor | None,
+    *,
+    prompt_mask: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_token: int | None,
+    pad_value: int,
+    generator: torch.Generator | None,
+    use_tqdm: bool,
+    adapter: Adapter | None,
+) -> Tensor:
+    """What `PaLM.generate` does, all arguments as there: check everything, sample, and pad each row after its end."""
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    if not model.causal:
+        raise ValueError("generate: a model with causal=False cannot generate; build it with causal=True")
+    if seq_len < 1:
+        raise ValueError(f"seq_len ({seq_len}) counts tokens of prompt and response: it must be at least 1")
+    check_length(seq_len, model.max_length, name="seq_len")
+    check_generator(generator, model.device)
+    begun = prompt
+    if begun is None:
+        if prompt_mask is not None:
+            raise ValueError("prompt_mask was given without a prompt; give the prompt it belongs to")
+        begun = torch.randint(0, model.num_tokens, (1, 1), device=model.device, generator=generator)
+        if seq_len == 1:
+            return begun
+    prompts = check_prompts(begun, prompt_mask, num_tokens=model.num_tokens, seq_len=seq_len, device=model.device)
+    with tqdm(total=int(prompts.room.max()), disable=not use_tqdm, desc="generate", leave=False) as bar:
+        out = generate_responses(
+            model, prompts.ids, prompts.mask, max_new_tokens=prompts.room, temperature=temperature, top_k=top_k,
+            top_p=top_p, eos_token=eos_token, generator=generator, adapter=adapter, on_step=bar.update,
+        )  # fmt: skip
+    new = out.tokens.masked_fill(~out.mask, pad_value)
+    if prompt is None:
+        return torch.cat((begun, new), dim=1)
+    return new[0] if prompt.dim() == 1 else new
 
 
 def _pack(prompts: Tensor, prompt_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Move real tokens to the right, and drop the columns that no row needs, so that wider padding costs nothing."""
     if prompt_mask is None:
         return prompts, None
-    _check_prompt_mask(prompt_mask, prompts)
+    check_prompt_mask(prompt_mask, prompts)
     prompts, prompt_mask = align_right(prompts, prompt_mask)
     longest = int(prompt_mask.sum(dim=-1).max())
     return prompts[:, -longest:], prompt_mask[:, -longest:]

@@ -41,6 +41,11 @@ class Scopes(nn.ModuleDict):
         assert isinstance(adapter, Adapter), f"scope {name!r} is a {type(adapter).__name__}"
         return adapter
 
+    def chosen(self, name: str | None, *, disabled: bool) -> Adapter | None:
+        """The adapter of a pass, if any; an unknown name is refused even where adapters are disabled."""
+        adapter = None if name is None else self.find(name)
+        return None if disabled else adapter
+
     def take(self, name: str) -> Adapter:
         """The adapter of this name, which is let go of."""
         adapter = self.find(name)

@@ -6,7 +6,6 @@ The model maps tokens to logits, keeps low-rank scopes beside its weights, and i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -14,19 +13,18 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from palm_rlhf_pytorch.attention import KVCache, attention_mask, token_positions
+from palm_rlhf_pytorch.attention import KVCache, place_tokens
 from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.objectives.language import next_token_loss
-from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock
-from palm_rlhf_pytorch.palm.config import check_config, check_dropout, compare_configs
-from palm_rlhf_pytorch.palm.generation import check_generator, check_prompts, generate_responses
-from palm_rlhf_pytorch.palm.sampling import check_sampling
+from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock, Pass
+from palm_rlhf_pytorch.palm.config import check_dropout, checked_config
+from palm_rlhf_pytorch.palm.copying import build_from, save_model, share_weights, take_checkpoint
+from palm_rlhf_pytorch.palm.generation import continue_prompts
+from palm_rlhf_pytorch.palm.inputs import check_length, check_tokens
 from palm_rlhf_pytorch.palm.scopes import Scopes
 from palm_rlhf_pytorch.rotary import longest_position, rotary_factors
-from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
-from palm_rlhf_pytorch.training.checkpoint import Checkpoint, check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.training.checkpoint import load_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -75,7 +73,7 @@ class PaLM(nn.Module):
             lora_r: rank of scopes added without one.
             rotary_xpos_scale_base: tokens over which the fastest pair decays by 3.5; 512 in xPos; None for no decay.
             flash_attn: use torch's fused attention kernels; the same function, less memory.
-            finetune_scopes: names of scopes to add.
+            finetune_scopes: names of scopes to add, or one name.
             cross_entropy_ignore_index: a target id that the loss skips; -100 skips none, since ids are not negative.
 
         Raises:
@@ -83,13 +81,7 @@ class PaLM(nn.Module):
             ValueError: if a size is not positive, dim_head is odd, or a dropout is outside [0, 1).
         """
         super().__init__()
-        self._config: dict[str, Any] = {
-            "num_tokens": num_tokens, "dim": dim, "depth": depth, "causal": causal, "dim_head": dim_head,
-            "heads": heads, "ff_mult": ff_mult, "attn_dropout": attn_dropout, "ff_dropout": ff_dropout,
-            "qk_rmsnorm": qk_rmsnorm, "qk_scale": qk_scale, "lora_r": lora_r, "flash_attn": flash_attn,
-            "rotary_xpos_scale_base": rotary_xpos_scale_base, "cross_entropy_ignore_index": cross_entropy_ignore_index,
-        }  # fmt: skip
-        check_config(self._config)
+        self._config = checked_config(locals())
         self.num_tokens, self.dim, self.depth, self.dim_head, self.heads = num_tokens, dim, depth, dim_head, heads
         self.causal, self.lora_r, self.cross_entropy_ignore_index = causal, lora_r, cross_entropy_ignore_index
         self.xpos_scale_base = rotary_xpos_scale_base if causal else None
@@ -104,7 +96,7 @@ class PaLM(nn.Module):
         )  # fmt: skip
         self.norm = nn.LayerNorm(dim, bias=False)
         # logits are products with the embedding, of deviation std * dim^0.5: small enough that the loss starts at ln(v)
-        nn.init.normal_(self.token_emb.weight, std=min(0.02, 0.25 * dim**-0.5))
+        nn.init.normal_(self.token_emb.weight, std=min(0.02, 0.2 * dim**-0.5))
         self.finetune_modules = Scopes()
         for scope in [finetune_scopes] if isinstance(finetune_scopes, str) else finetune_scopes:
             self.add_finetune_params(scope)
@@ -112,15 +104,9 @@ class PaLM(nn.Module):
     # tokens to logits
 
     def forward(
-        self,
-        seq: Tensor,
-        return_loss: bool = False,
-        *,
-        mask: Tensor | None = None,
-        finetune_scope: str | None = None,
-        disable_lora: bool = False,
-        extra_embed: Tensor | None = None,
-    ) -> Tensor:
+        self, seq: Tensor, return_loss: bool = False, *, mask: Tensor | None = None, finetune_scope: str | None = None,
+        disable_lora: bool = False, extra_embed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits of each token's successor, or the loss of the tokens given.
 
         Args:
@@ -138,16 +124,8 @@ class PaLM(nn.Module):
             TypeError: if seq does not hold integers, or mask is not bool.
             ValueError: if shapes, ids or the scope do not fit, or a row is all padding.
         """
-        seq, mask = self._check_tokens(seq, mask)
-        if return_loss and not self.causal:
-            raise ValueError(
-                "return_loss: a model with causal=False sees the tokens it would predict; build it with causal=True"
-            )
-        if return_loss and seq.shape[1] < 2:
-            raise ValueError(
-                f"return_loss: seq has {seq.shape[1]} token a row; predicting a next token takes at least 2"
-            )
-        adapter = self._adapter(finetune_scope, disable_lora)
+        seq, mask = check_tokens(seq, mask, num_tokens=self.num_tokens, causal=self.causal, predicting=return_loss)
+        adapter = self.finetune_modules.chosen(finetune_scope, disabled=disable_lora)
         logits = self.to_logits(self.embed(seq, mask=mask, adapter=adapter, extra_embed=extra_embed))
         if not return_loss:
             return logits
@@ -156,15 +134,9 @@ class PaLM(nn.Module):
         return next_token_loss(logits, seq, mask=mask, ignore_index=self.cross_entropy_ignore_index).loss
 
     def embed(
-        self,
-        seq: Tensor,
-        *,
-        mask: Tensor | None = None,
-        adapter: Adapter | None = None,
-        extra_embed: Tensor | None = None,
-        dropout: float | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+        self, seq: Tensor, *, mask: Tensor | None = None, adapter: Adapter | None = None,
+        extra_embed: Tensor | None = None, dropout: float | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states after the last norm, (b, n, d); ids are trusted here, `forward` checks them.
 
         Args:
@@ -179,29 +151,21 @@ class PaLM(nn.Module):
             ValueError: if a row is longer than `max_length`.
         """
         tokens = seq.shape[1]
-        if cache is not None:
-            positions, allowed = cache.admit(mask, tokens), cache.visible(tokens)
-        elif mask is not None:
-            positions, allowed = token_positions(mask), attention_mask(mask, tokens, tokens, causal=self.causal)
-        else:
-            positions, allowed = torch.arange(tokens, device=seq.device), None
-        self._check_length(tokens if cache is None else cache.filled, positions)
-        rotary = rotary_factors(positions, self.dim_head, scale_base=self.xpos_scale_base)
+        positions, allowed = place_tokens(tokens, mask, cache, causal=self.causal, device=seq.device)
+        check_length(tokens if cache is None else cache.filled, self.max_length, name="seq", positions=positions)
         attn_dropout, ff_dropout = (self.attn_dropout, self.ff_dropout) if self.training else (0.0, 0.0)
-
+        common = Pass(
+            rotary=rotary_factors(positions, self.dim_head, scale_base=self.xpos_scale_base),
+            causal=self.causal and allowed is None and (cache is None or tokens > 1),
+            mask=allowed,
+            attn_dropout=attn_dropout if dropout is None else dropout,
+            ff_dropout=ff_dropout if dropout is None else dropout,
+        )
         x = self.token_emb(seq)
         x = x if extra_embed is None else x + extra_embed.to(x.dtype)
         for index, layer in enumerate(self.layers):
-            x = x + layer(
-                x,
-                rotary,
-                causal=self.causal and allowed is None and (cache is None or tokens > 1),
-                mask=allowed,
-                lora=None if adapter is None else adapter.layer(index),
-                attn_dropout=attn_dropout if dropout is None else dropout,
-                ff_dropout=ff_dropout if dropout is None else dropout,
-                store=None if cache is None else partial(cache.store, index),
-            )
+            lora = None if adapter is None else adapter.layer(index)
+            x = x + layer(x, common, lora=lora, store=None if cache is None else partial(cache.store, index))
         return self.norm(x)
 
     def to_logits(self, hidden: Tensor) -> Tensor:
@@ -215,38 +179,16 @@ class PaLM(nn.Module):
         self._config.update(attn_dropout=dropout, ff_dropout=dropout)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_emb.weight.device
+
+    @property
     def max_length(self) -> int | float:
         """How many tokens a row may have before xPos scales leave the dtype's range; infinite without decay."""
-        weight = self.token_emb.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        autocast = torch.is_autocast_enabled(self.device.type)
+        dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.token_emb.weight.dtype
         return longest_position(dtype, scale_base=self.xpos_scale_base)
-
-    def _check_length(self, tokens: int, positions: Tensor | None = None, *, name: str = "seq") -> None:
-        """Refuse rows beyond max_length; the device is asked for their real lengths only when padding may be the cause."""
-        limit = self.max_length
-        if tokens > limit and (positions is None or int(positions.max()) >= limit):
-            raise ValueError(
-                f"{name} of {tokens} tokens: xPos scales leave the range of the model's dtype beyond {limit}; build"
-                " it with a larger rotary_xpos_scale_base, or None, or in bfloat16 or float32 if it is float16"
-            )
-
-    def _check_tokens(self, seq: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Ids that are all in range, and the mask of those that are real, None where all are."""
-        check_token_ids(seq, self.num_tokens, name="seq", allow_negative=not self.causal)
-        if mask is not None:
-            check_masked(mask, seq=seq)
-        if not self.causal:
-            mask = seq >= 0 if mask is None else mask & (seq >= 0)
-            seq = seq.clamp(min=0)
-        if mask is None or bool(mask.all()):
-            return seq, None
-        empty = ~mask.any(dim=-1)
-        if bool(empty.any()):
-            raise ValueError(
-                f"seq: row {int(empty.int().argmax())} is all padding; a row takes at least one real token"
-            )
-        return seq, mask
 
     # generation
 
@@ -258,30 +200,18 @@ class PaLM(nn.Module):
         """
         if not self.causal:
             raise ValueError("a model with causal=False cannot generate or keep a cache; build it with causal=True")
-        weight = self.token_emb.weight
         return KVCache(
             depth=self.depth, batch=batch, max_length=max_length, dim_head=self.dim_head,
-            dtype=weight.dtype, device=weight.device,
+            dtype=self.token_emb.weight.dtype, device=self.device,
         )  # fmt: skip
 
-    @torch.no_grad()
     @typecheck
     def generate(
-        self,
-        seq_len: int,
-        prompt: Tensor | None = None,
-        *,
-        prompt_mask: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token: int | None = None,
-        pad_value: int = 0,
-        generator: torch.Generator | None = None,
-        use_tqdm: bool = False,
-        finetune_scope: str | None = None,
-        disable_lora: bool = False,
-    ) -> Tensor:
+        self, seq_len: int, prompt: Tensor | None = None, *, prompt_mask: Tensor | None = None,
+        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, eos_token: int | None = None,
+        pad_value: int = 0, generator: torch.Generator | None = None, use_tqdm: bool = False,
+        finetune_scope: str | None = None, disable_lora: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Continue a prompt until its row has seq_len tokens in all, or ends with eos_token.
 
         Args:
@@ -307,49 +237,24 @@ class PaLM(nn.Module):
             ValueError: if a prompt is empty, all padding, as long as seq_len, or has ids out of range, if seq_len is
                 above `max_length`, if the model is not causal, or a sampling setting names no distribution.
         """
-        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        if not self.causal:
-            raise ValueError("generate: a model with causal=False cannot generate; build it with causal=True")
-        if seq_len < 1:
-            raise ValueError(f"seq_len ({seq_len}) counts tokens of prompt and response: it must be at least 1")
-        self._check_length(seq_len, name="seq_len")
-        adapter = self._adapter(finetune_scope, disable_lora)
-        device = self.token_emb.weight.device
-        check_generator(generator, device)
-        start = torch.empty(1, 0, dtype=torch.long, device=device)
-        if prompt is None:
-            start = torch.randint(0, self.num_tokens, (1, 1), device=device, generator=generator)
-            if seq_len == 1:
-                return start
-        ids, mask, room = check_prompts(
-            start if prompt is None else prompt, prompt_mask, num_tokens=self.num_tokens, seq_len=seq_len, device=device
-        )
-        with tqdm(total=int(room.max()), disable=not use_tqdm, desc="generate", leave=False) as bar:
-            out = generate_responses(
-                self, ids, mask, max_new_tokens=room, temperature=temperature, top_k=top_k, top_p=top_p,
-                eos_token=eos_token, generator=generator, adapter=adapter, on_step=bar.update,
-            )  # fmt: skip
-        new = out.tokens.masked_fill(~out.mask, pad_value)
-        if prompt is None:
-            return torch.cat((start, new), dim=1)
-        return new[0] if prompt.dim() == 1 else new
+        return continue_prompts(
+            self, seq_len, prompt, prompt_mask=prompt_mask, temperature=temperature, top_k=top_k, top_p=top_p,
+            eos_token=eos_token, pad_value=pad_value, generator=generator, use_tqdm=use_tqdm,
+            adapter=self.finetune_modules.chosen(finetune_scope, disabled=disable_lora),
+        )  # fmt: skip
 
     # scopes: low-rank adapters kept under a name
 
     def new_adapter(
-        self,
-        *,
-        r: int | None = None,
-        alpha: float | None = None,
-        last_layers: int | None = None,
+        self, *, r: int | None = None, alpha: float | None = None, last_layers: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Adapter:
+    ) -> Adapter:  # fmt: skip
         """An untrained adapter that fits this model, not kept by it; r None takes lora_r."""
         adapter = Adapter(
             depth=self.depth, dim=self.dim, dim_head=self.dim_head, heads=self.heads, r=self.lora_r if r is None else r,
             alpha=alpha, last_layers=last_layers, generator=generator,
         )  # fmt: skip
-        return adapter.to(self.token_emb.weight.device)
+        return adapter.to(self.device)
 
     def add_finetune_params(
         self, scope: str, *, r: int | None = None, alpha: float | None = None, last_layers: int | None = None
@@ -373,10 +278,8 @@ class PaLM(nn.Module):
     def merge_adapter(self, adapter: Adapter) -> None:
         """Add an adapter's update to the base weights; models that share them (`share`) keep theirs as they were."""
         for index, layer in enumerate(self.layers):
-            lora = adapter.layer(index)
-            if lora is not None:
-                assert isinstance(layer, ParallelTransformerBlock)
-                layer.merge(lora)
+            assert isinstance(layer, ParallelTransformerBlock)
+            layer.merge(adapter.layer(index))
 
     def finetune_parameters(self, scope: str = "default") -> list[nn.Parameter]:
         """The parameters of a scope, in a fixed order."""
@@ -391,11 +294,6 @@ class PaLM(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("finetune_modules."):
                 yield name, parameter
-
-    def _adapter(self, scope: str | None, disabled: bool) -> Adapter | None:
-        """The adapter of a pass; an unknown scope is refused even where it is left out."""
-        adapter = None if scope is None else self.finetune_modules.find(scope)
-        return None if disabled else adapter
 
     # copies and files
 
@@ -412,13 +310,7 @@ class PaLM(nn.Module):
         Args:
             trainable: says of a base parameter's name whether it is to be trained; None trains none.
         """
-        memo: dict[int, Any] = {id(self.finetune_modules): Scopes()}
-        for name, parameter in self.named_base_parameters():
-            if trainable is not None and trainable(name):
-                memo[id(parameter)] = nn.Parameter(parameter.detach().clone())
-            else:
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-        return deepcopy(self, memo)
+        return share_weights(self, trainable)
 
     def save(self, path: str | Path, *, with_scopes: bool = False) -> None:
         """Write weights and configuration to one file, atomically; `.safetensors` by its suffix, else torch's format.
@@ -427,52 +319,26 @@ class PaLM(nn.Module):
             path: the file.
             with_scopes: write the low-rank scopes too; without, the base weights alone.
         """
-        tensors = dict(self.state_dict()) if with_scopes else dict(self.named_base_parameters())
-        extra = {"scopes": self.finetune_modules.settings if with_scopes else {}}
-        save_tensors(path, tensors, kind="PaLM", config=self.config, extra=extra)
+        save_model(self, path, kind="PaLM", with_scopes=with_scopes)
 
     def load(self, path: str | Path) -> Self:
-        """Take over the weights of a file; its scopes too, replacing those of the same name.
+        """Take over the weights of a file, its scopes too in place of those of the same name; returns the model.
 
-        All is checked before anything changes: after an error the model is as it was.
-
-        Returns:
-            The model.
+        All is checked before anything changes: after an error the model is as it was. Weights keep the model's dtype.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is no checkpoint, or one of another model (keys and shapes are named).
         """
-        return self._take(load_tensors(path, kind="PaLM"), path)
+        take_checkpoint(self, load_tensors(path, kind="PaLM"), path=path)
+        return self
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "PaLM":
-        """Build the model that a file describes, with its weights.
+        """Build the model that a file describes, in float32 on the CPU, with its weights and scopes.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds no configuration, or does not fit it.
         """
-        checkpoint = load_tensors(path, kind="PaLM")
-        if not checkpoint.config:
-            raise ValueError(f"{path} holds weights without a configuration; build the PaLM yourself, then load(path)")
-        try:
-            palm = cls(**checkpoint.config)
-        except TypeError as error:
-            raise ValueError(f"{path} holds a configuration from which no PaLM can be built: {error}") from error
-        return palm._take(checkpoint, path)
-
-    def _take(self, checkpoint: Checkpoint, path: str | Path) -> Self:
-        """Check a checkpoint whole, then copy its tensors, in this model's dtype, and its scopes."""
-        settings: dict[str, dict[str, Any]] = checkpoint.extra.get("scopes", {})
-        scopes = {name: self.new_adapter(**kept) for name, kept in settings.items()}
-        expected: dict[str, nn.Parameter] = dict(self.named_base_parameters())
-        for scope, adapter in scopes.items():
-            expected |= {f"finetune_modules.{scope}.{name}": weight for name, weight in adapter.named_parameters()}
-        check_state(expected, checkpoint.tensors, path=path)
-        compare_configs(self.config, checkpoint.config, path=path)
-        with torch.no_grad():
-            for name, weight in expected.items():
-                weight.copy_(checkpoint.tensors[name])
-        self.finetune_modules.update(scopes)
-        return self
+        return build_from(cls, load_tensors(path, kind="PaLM"), path=path)

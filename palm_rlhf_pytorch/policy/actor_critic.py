@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.lora import Adapter
+from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock
 from palm_rlhf_pytorch.palm.generation import Generation, generate_responses
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.tensors import chosen_logprobs
@@ -52,7 +53,7 @@ class Hat(nn.Module):
             raise ValueError(
                 f"last_layers ({last_layers}) must be from 1 to the model's depth ({trunk.depth}), or None"
             )
-        top = tuple(f"layers.{layer}." for layer in range(trunk.depth - (last_layers or 0), trunk.depth)) + ("norm.",)
+        top = tuple(f"layers.{layer}." for layer in range(trunk.depth - (last_layers or 0), trunk.depth))
         self.copy = trunk.share(trainable=lambda name: last_layers is None or name.startswith(top))
 
     def model(self, trunk: PaLM) -> PaLM:
@@ -93,7 +94,7 @@ class ActorCritic(nn.Module):
         """Put three hats on a model.
 
         Args:
-            palm: a causal PaLM; its weights are shared, not changed.
+            palm: a causal PaLM; its weights are shared, not changed. Its scopes are left out: merge what is to count.
             actor_lora: train the actor as an adapter; False trains a copy of its base weights.
             critic_lora: the same for the critic.
             actor_lora_r: rank of the actor's adapter.
@@ -113,7 +114,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         if not palm.causal:
             raise ValueError("palm must be causal: a model that sees later tokens cannot be a policy; use causal=True")
-        self.palm = palm.share()
+        self.palm = _fused(palm.share(), True)
         self.actor = Hat(
             self.palm, lora=actor_lora, r=actor_lora_r, alpha=actor_lora_alpha, last_layers=actor_last_layers,
             dropout=actor_dropout, generator=generator,
@@ -122,10 +123,11 @@ class ActorCritic(nn.Module):
             self.palm, lora=critic_lora, r=critic_lora_r, alpha=critic_lora_alpha, last_layers=critic_last_layers,
             dropout=critic_dropout, generator=generator,
         )  # fmt: skip
-        self.value_head = nn.Linear(palm.dim, 1)  # starts at zero: no value is claimed before one was seen
-        nn.init.zeros_(self.value_head.weight)
+        device = palm.token_emb.weight.device
+        # skip_init: nothing is drawn, so that torch's global random state stays as it is
+        self.value_head = nn.utils.skip_init(nn.Linear, palm.dim, 1, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)  # no value is claimed before one was seen
         nn.init.zeros_(self.value_head.bias)
-        self.value_head.to(device=palm.token_emb.weight.device, dtype=torch.float32)
 
     def forward(
         self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float = 1.0
@@ -195,7 +197,20 @@ class ActorCritic(nn.Module):
         palm = self.actor.model(self.palm).share(trainable=lambda name: True)
         if self.actor.adapter is not None:
             palm.merge_adapter(self.actor.adapter)
-        return palm
+        return _fused(palm, bool(palm.config["flash_attn"]))
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a pass in train mode draws random numbers."""
+        return self.actor.dropout > 0 or self.critic.dropout > 0
+
+
+def _fused(palm: PaLM, fused: bool) -> PaLM:
+    """The model with torch's fused attention kernels on or off: the same function, without maps of (n, n) tokens."""
+    for layer in palm.layers:
+        assert isinstance(layer, ParallelTransformerBlock)
+        layer.fused = fused
+    return palm
 
 
 def _places(prompt_lengths: Tensor, length: int, total: int) -> Tensor:

@@ -1,8 +1,10 @@
 """What a rollout says about the run: rewards, KL, lengths, and how well the critic knew them.
 
-Names and units are in `training/metrics.py`; figures are over the responses of all ranks.
+Names and units are in `training/metrics.py`; figures are over the responses of all ranks, but for the largest (names in
+`_max`) and for distinct_2, which are this rank's.
 """
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -51,7 +53,7 @@ def rollout_metrics(
     advantage, target = over_tokens(targets.returns - rollout.values), over_tokens(targets.returns)
     covariance = over_rows((rollout.scores - score.mean) * (lengths - length.mean)).mean
     ended = over_rows(rollout.ended).mean
-    figures = {
+    figures: dict[str, Tensor | float] = {
         "objective/kl": kl,
         "objective/kl_token": over_tokens(targets.kl).mean,
         "objective/kl_k3": over_tokens(kl_k3(rollout.logprobs, rollout.ref_logprobs)).mean,
@@ -77,6 +79,32 @@ def rollout_metrics(
         "rollout/distinct_2": distinct_2(rollout),
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def timing_metrics(
+    rollout: Rollout, started: float, sampled: float, *, reduce: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Seconds and speed of an update that ends now.
+
+    Args:
+        rollout: what was sampled and learnt from.
+        started: perf_counter before sampling.
+        sampled: the same before learning.
+        reduce: sums a tensor over ranks.
+    """
+    now = time.perf_counter()
+    tokens = float(reduce(rollout.response_mask.sum().float()))
+    return {
+        "perf/rollout_seconds": sampled - started,
+        "perf/learn_seconds": now - sampled,
+        "perf/tokens_per_second": tokens / (now - started),
+    }
+
+
+def headline(metrics: dict[str, float]) -> dict[str, str]:
+    """What a progress bar shows."""
+    shown = {"score": "reward/score", "kl": "objective/kl", "length": "response/length_mean"}
+    return {label: f"{metrics[name]:.3g}" for label, name in shown.items()}
 
 
 def distinct_2(rollout: Rollout) -> float:

@@ -5,8 +5,8 @@ Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantag
 Knows nothing of prompts, judges or files.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from palm_rlhf_pytorch.objectives.advantage import gae, shaped_rewards
 from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.tensors import masked_whiten
+from palm_rlhf_pytorch.tensors import masked_whiten, split_rows
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups
 
 
@@ -82,6 +82,7 @@ class Learner:
         epochs: int,
         minibatch_size: int,
         max_batch_size: int,
+        max_batch_tokens: int,
     ) -> None:
         self.accelerator = accelerator
         self.actor, self.critic = actor_critic.actor_parameters(), actor_critic.critic_parameters()
@@ -93,7 +94,9 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(actor_critic, optimizer)
         self.max_norm, self.eps_clip, self.dual_clip, self.value_clip = max_norm, eps_clip, dual_clip, value_clip
         self.entropy_coef, self.epochs = entropy_coef, epochs
-        self.minibatch_size, self.max_batch_size = minibatch_size, max_batch_size
+        self.minibatch_size = minibatch_size
+        self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
+        self.draws = actor_critic.has_dropout
         self.steps = 0
 
     def update(self, rollout: Rollout, targets: Targets, *, generator: torch.Generator) -> dict[str, float]:
@@ -102,42 +105,45 @@ class Learner:
         Args:
             rollout: this rank's responses; every rank brings the same number.
             targets: of the same.
-            generator: random state of the order, on the CPU.
+            generator: random state of the order and of dropout, on the CPU.
+
+        Raises:
+            FloatingPointError: if a gradient norm is not finite; the weights are then as before that optimizer step.
         """
         share = max(1, self.minibatch_size // self.accelerator.num_processes)
+        device = rollout.sequences.device
         self.model.train()
+        self.accelerator.sync_gradients = True  # accelerate's state is one for all trainers of the process
         totals: dict[str, Tensor] = {}
         steps = 0
-        for _ in range(self.epochs):
-            order = torch.randperm(len(rollout.sequences), generator=generator).to(rollout.sequences.device)
-            for rows in order.split(share):
-                for name, value in self._step(rollout, targets, rows).items():
-                    worst = name.endswith("_max")
-                    old = totals.get(name, value)
-                    totals[name] = torch.maximum(old, value) if worst else (old + value if name in totals else value)
-                steps += 1
-        self.steps += steps
+        with _seeded(generator, device) if self.draws else nullcontext():
+            for _ in range(self.epochs):
+                order = torch.randperm(len(rollout.sequences), generator=generator).to(device)
+                for rows in order.split(share):
+                    _accumulate(totals, self._step(rollout, targets, rows))
+                    steps += 1
+                    self.steps += 1
         lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         metrics = {name: float(value) / (1 if name.endswith("_max") else steps) for name, value in totals.items()}
         return metrics | {"policy/lr": lrs[0], "value/lr": lrs[self.actor_groups]}
 
     def _step(self, rollout: Rollout, targets: Targets, rows: Tensor) -> dict[str, Tensor]:
-        """One optimizer step on some rows, in microbatches of max_batch_size."""
+        """One optimizer step on some rows, in microbatches that max_batch_size and max_batch_tokens allow."""
         num_tokens = self.accelerator.reduce(rollout.response_mask[rows].sum().float(), "sum").clamp(min=1)
         totals: dict[str, Tensor] = {}
-        micros = rows.split(self.max_batch_size)
+        lengths = rollout.prompt_lengths[rows] + rollout.lengths[rows]
+        parts = split_rows(lengths, max_rows=self.max_batch_size, max_tokens=self.max_batch_tokens)
+        micros = [rows[part] for part in parts]
         for number, micro in enumerate(micros):
             last = number == len(micros) - 1
             with self.accelerator.no_sync(self.model) if not last else nullcontext():
-                for name, value in self._backward(rollout.select(micro), targets, micro, num_tokens).items():
-                    old = totals.get(name)
-                    join = torch.maximum if name.endswith("_max") else torch.add
-                    totals[name] = value if old is None else join(old, value)
+                _accumulate(totals, self._backward(rollout.select(micro), targets, micro, num_tokens))
         totals = self._over_ranks(totals)
         self.accelerator.unscale_gradients(self.optimizer)
         totals["policy/grad_norm"] = self._clip(self.actor.values())
         totals["value/grad_norm"] = self._clip(self.critic.values())
-        if not bool(torch.isfinite(totals["policy/grad_norm"] + totals["value/grad_norm"])):
+        finite = torch.isfinite(totals["policy/grad_norm"] + totals["value/grad_norm"])
+        if self.accelerator.scaler is None and not bool(finite):  # float16's scaler leaves such steps out by itself
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"gradient norms of actor {float(totals['policy/grad_norm'])} and critic"
@@ -192,3 +198,22 @@ class Learner:
         """Scale the gradients of one group down to max_norm together; their norm before."""
         limit = float("inf") if self.max_norm is None else self.max_norm
         return nn.utils.clip_grad_norm_(list(parameters), limit)
+
+
+def _accumulate(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add values to totals, name by name; of what is a maximum keep the larger."""
+    for name, value in values.items():
+        join = torch.maximum if name.endswith("_max") else torch.add
+        totals[name] = join(totals[name], value) if name in totals else value
+
+
+@contextmanager
+def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Dropout draws from torch's global random state: seed that from a generator, and put it back afterwards."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        yield

@@ -19,15 +19,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.diagnostics import rollout_metrics
+from palm_rlhf_pytorch.policy.diagnostics import headline, rollout_metrics, timing_metrics
 from palm_rlhf_pytorch.policy.learning import Learner, make_targets
-from palm_rlhf_pytorch.policy.prompts import prompts_from
+from palm_rlhf_pytorch.policy.prompts import one_prompt, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
-from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, judge_sequences, penalize_missing_eos
-from palm_rlhf_pytorch.policy.settings import PPOSettings, check_train_arguments
+from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, best_response, judge_sequences, learnt_scores
+from palm_rlhf_pytorch.policy.settings import (
+    PPOSettings,
+    check_rollout_arguments,
+    check_same_vocabulary,
+    check_train_arguments,
+)
 from palm_rlhf_pytorch.policy.trainer_state import load_trainer, save_trainer
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.training.metrics import MetricsLog
@@ -39,7 +43,7 @@ class RLHFTrainer:
     """Improves a PaLM against a judge, with a frozen reference that it must not stray far from.
 
     The `palm` given stays as it is; the improved model comes from `export_palm()`. All randomness follows from `seed`
-    and the number of rollouts so far.
+    and from counts of what was done so far; torch's, numpy's and Python's global random states are left alone.
     """
 
     @typecheck
@@ -63,9 +67,9 @@ class RLHFTrainer:
         """Prepare training; nothing is sampled yet.
 
         Args:
-            palm: a causal PaLM, the reference and the start of the policy.
-            reward_model: a RewardModel, or any callable `(sequences, prompt_mask=, mask=) -> scores (b,)`; sequences are
-                ids (b, n) padded on the right, both masks are False on padding.
+            palm: a causal PaLM, the reference and the start of the policy; its scopes are left out.
+            reward_model: a RewardModel, or any callable `(sequences, prompt_mask=, mask=) -> scores (b,)`; sequences
+                are ids (b, n) padded on the right, both masks are False on padding.
             prompt_token_ids: prompts as ids, (m, p), or a list of 1-D tensors of unequal lengths.
             prompt_mask: True on the real tokens of (m, p), padding on either side.
             prompt_lengths: the same as lengths, padding on the right, (m,).
@@ -74,7 +78,7 @@ class RLHFTrainer:
             tokenizer: any callable from text to ids, Hugging Face's included.
             pad_value: id that pads the ends of `prompt_token_ids` where neither mask nor lengths are given; a token
                 of that id elsewhere stays. None: every id is a token.
-            seed: of adapters, sampling and order.
+            seed: of adapters, sampling, order and dropout; 0 or above.
             metrics_path: a JSONL file that gets a line for each update.
             accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
             **settings: the fields of PPOSettings, where each is described.
@@ -83,21 +87,22 @@ class RLHFTrainer:
             TypeError: if an argument or a setting is unknown or of the wrong type.
             ValueError: if prompts, models or a setting do not fit; the argument and its value are named.
         """
+        if seed < 0:
+            raise ValueError(f"seed ({seed}) must be 0 or above")
         self.settings = PPOSettings(**settings)
+        self.settings.warn()
         self.prompts = prompts_from(
             num_tokens=palm.num_tokens, seed=seed, prompt_token_ids=prompt_token_ids, prompt_mask=prompt_mask,
             prompt_lengths=prompt_lengths, pad_value=pad_value, prompts=prompts, prompts_path=prompts_path,
             tokenizer=tokenizer,
         )  # fmt: skip
-        if isinstance(reward_model, RewardModel) and reward_model.palm.num_tokens != palm.num_tokens:
-            raise ValueError(
-                f"reward_model reads {reward_model.palm.num_tokens} token ids, palm writes {palm.num_tokens}: they must"
-                " share a vocabulary"
-            )
+        if isinstance(reward_model, RewardModel):
+            check_same_vocabulary(palm, reward_model.palm)
         self.seed = seed
         self.accelerator = Accelerator(**(accelerate_kwargs or {}))
         if self.accelerator.log_with:
-            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **self.settings.plain()})
+            kept = {name: str(value) for name, value in self.settings.plain().items()}  # some trackers take no lists
+            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **kept})
         self.metrics = MetricsLog(metrics_path, accelerator=self.accelerator)
         device = self.accelerator.device
         if isinstance(reward_model, nn.Module):
@@ -109,8 +114,9 @@ class RLHFTrainer:
         self.learner = Learner(self.actor_critic, self.accelerator, **self.settings.learner_arguments())
         self.normalizer = ScoreNormalizer()
         self.kl_coef = self.settings.kl_coef
-        self.rollouts = self.episodes = self.updates = 0
+        self.rollouts = self.answers = self.episodes = self.updates = 0
 
+    @typecheck
     def train(
         self,
         num_episodes: int = 50_000,
@@ -142,8 +148,9 @@ class RLHFTrainer:
                 while scoring, if the judge's scores are not finite numbers, one a response.
         """
         check_train_arguments(
-            self.prompts, palm=self.actor_critic.palm, num_episodes=num_episodes, max_seq_len=max_seq_len,
-            max_new_tokens=max_new_tokens, eos_token=eos_token, temperature=temperature, update_timesteps=update_timesteps,
+            self.prompts, self.settings, palm=self.actor_critic.palm, num_episodes=num_episodes,
+            max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token, temperature=temperature,
+            update_timesteps=update_timesteps,
         )  # fmt: skip
         sizes = [min(update_timesteps, num_episodes - done) for done in range(0, num_episodes, update_timesteps)]
         history = []
@@ -158,10 +165,10 @@ class RLHFTrainer:
                 rollout = self.score(rollout)  # 2. score
                 sampled = time.perf_counter()
                 metrics = self.learn(rollout)  # 3. learn
-                metrics |= self._timing(rollout, started, sampled)
+                metrics |= timing_metrics(rollout, started, sampled, reduce=self._sum_over_ranks)
                 self.metrics.log(metrics, step=self.updates)
                 history.append(metrics)
-                bar.set_postfix(_headline(metrics), refresh=False)
+                bar.set_postfix(headline(metrics), refresh=False)
                 bar.update(size)
         return history
 
@@ -170,12 +177,11 @@ class RLHFTrainer:
 
         Each prompt comes once before any comes again. Shares are equal: counts that do not divide are rounded up.
         """
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        share = -(-count // ranks)
-        rows = self.prompts.next_rows(share * ranks)[rank * share : (rank + 1) * share]
+        rows = self.prompts.next_share(count, self.accelerator.process_index, of=self.accelerator.num_processes)
         ids, mask = self.prompts.select(rows)
         return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
+    @typecheck
     def rollout(
         self,
         prompts: Tensor,
@@ -192,19 +198,22 @@ class RLHFTrainer:
         Args:
             prompts: ids, (b, p), padding on either side.
             prompt_mask: True on real tokens, (b, p).
-            max_seq_len: tokens of prompt and response together; each prompt must be shorter.
+            max_seq_len: tokens of prompt and response together.
             max_new_tokens: tokens of a response, if that is to be less.
             eos_token: id that ends a response.
             temperature: of sampling, above 0.
             use_tqdm: show progress over the generated tokens.
+
+        Raises:
+            TypeError: if prompts are not integers, or prompt_mask is not bool.
+            ValueError: if shapes, ids or a number do not fit.
         """
-        lengths = prompt_mask.sum(dim=-1)
-        if not (temperature > 0 and int(lengths.min()) >= 1 and int(lengths.max()) < max_seq_len):
-            raise ValueError(
-                f"rollout: temperature ({temperature}) must be above 0, and prompts ({int(lengths.min())} to"
-                f" {int(lengths.max())} tokens) must have at least 1 token and fewer than max_seq_len ({max_seq_len})"
-            )
-        room = max_seq_len - lengths
+        check_rollout_arguments(
+            prompts, prompt_mask, palm=self.actor_critic.palm, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens,
+            eos_token=eos_token, temperature=temperature,
+        )  # fmt: skip
+        prompts, prompt_mask = prompts.to(self.accelerator.device), prompt_mask.to(self.accelerator.device)
+        room = max_seq_len - prompt_mask.sum(dim=-1)
         room = room if max_new_tokens is None else room.clamp(max=max_new_tokens)
         passes = -(-len(prompts) // self.settings.max_batch_size)
         show = use_tqdm and self._is_main and int(room.max()) * passes >= 256  # shorter ones are over at once
@@ -215,7 +224,7 @@ class RLHFTrainer:
             rollout = collect_rollout(
                 self.actor_critic, prompts, prompt_mask, max_new_tokens=room, temperature=temperature,
                 eos_token=eos_token, generator=self._generator("sample", self.rollouts),
-                max_batch_size=self.settings.max_batch_size, on_step=bar.update,
+                on_step=bar.update, **self.settings.batch_limits(),
             )  # fmt: skip
         self.rollouts += 1
         return rollout
@@ -224,33 +233,30 @@ class RLHFTrainer:
         """The rollout with the judge's raw scores.
 
         Raises:
-            ValueError: if a score is NaN or infinite (rows are named), or their shape is not (b,).
+            TypeError: if the judge returns no tensor.
+            ValueError: if a score is NaN or infinite (rows are named), or their shape is not (b,). An error that the
+                judge itself raises passes through, with a note of the update and the rows.
         """
         scores = judge_sequences(
             self.reward_model, rollout.sequences, rollout.prompt_mask, rollout.mask,
-            max_batch_size=self.settings.max_batch_size, where=f"update {self.updates + 1}",
+            where=f"update {self.updates + 1}", **self.settings.batch_limits(),
         )  # fmt: skip
         return rollout._replace(scores=scores)
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
         """Take PPO's steps on a scored rollout, then let the KL controller act; returns the diagnostics.
 
+        Learning rates are those of the settings, or of the last update where `train` has run.
+
         Raises:
-            ValueError: if the rollout has no scores.
+            ValueError: if the rollout has no scores, or scores that are not one finite number a response.
             FloatingPointError: if a gradient norm is not finite; the weights are then as before that step.
         """
-        if rollout.scores is None:
-            raise ValueError(
-                "rollout has no scores: call score(rollout) first, or set them with rollout._replace(scores=)"
-            )
         settings, reduce = self.settings, self._sum_over_ranks
-        scores = rollout.scores
-        if settings.normalize_scores:
-            self.normalizer.fit(scores, reduce=reduce)
-            scores = self.normalizer(scores)
-        scores = penalize_missing_eos(
-            scores, rollout, penalty=settings.missing_eos_penalty, replacement=settings.missing_eos_score
-        )
+        scores = learnt_scores(
+            rollout, self.normalizer if settings.normalize_scores else None, penalty=settings.missing_eos_penalty,
+            replacement=settings.missing_eos_score, reduce=reduce,
+        )  # fmt: skip
         targets = make_targets(
             rollout, scores, kl_coef=self.kl_coef, gamma=settings.gamma, gae_lambda=settings.gae_lambda, reduce=reduce
         )
@@ -259,14 +265,11 @@ class RLHFTrainer:
         episodes = len(rollout.sequences) * self.accelerator.num_processes
         self.episodes += episodes
         self.updates += 1
-        if settings.target_kl_nats_per_response is not None:
-            self.kl_coef = adaptive_kl_coef(
-                self.kl_coef, metrics["objective/kl"], num_episodes=episodes, horizon=settings.kl_horizon,
-                target_kl_nats_per_response=settings.target_kl_nats_per_response,
-            )  # fmt: skip
+        self.kl_coef = settings.next_kl_coef(self.kl_coef, metrics["objective/kl"], num_episodes=episodes)
         return metrics | {"episodes": float(self.episodes)}
 
     @torch.no_grad()
+    @typecheck
     def generate(
         self,
         seq_len: int,
@@ -299,54 +302,35 @@ class RLHFTrainer:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples ({num_samples}) must be at least 1")
-        if prompt.ndim != 1:
-            raise ValueError(f"prompt has shape {tuple(prompt.shape)}: generate takes one prompt, (p,)")
-        source = prompts_from(
-            num_tokens=self.actor_critic.palm.num_tokens, seed=0, prompt_token_ids=prompt[None], pad_value=pad_value
-        )
-        prompts, mask = source.select(torch.zeros(num_samples, dtype=torch.long))
-        if prompts.shape[1] >= seq_len:
-            raise ValueError(
-                f"seq_len ({seq_len}) counts the prompt: it must be above the prompt's {prompts.shape[1]} tokens"
-            )
-        device, steps = self.accelerator.device, seq_len - prompts.shape[1]
-        prompts, mask = prompts.to(device), mask.to(device)
-        with tqdm(total=steps, disable=not (use_tqdm and self._is_main), desc="generate", leave=False) as bar:
-            out = self.actor_critic.generate(
-                prompts, None, max_new_tokens=steps, temperature=temperature, eos_token=eos_token,
-                generator=generator or self._generator("answer", self.rollouts), on_step=bar.update,
+        palm, device = self.actor_critic.palm, self.accelerator.device
+        prompt = one_prompt(prompt, num_tokens=palm.num_tokens, pad_value=pad_value, seq_len=seq_len).to(device)
+        steps = seq_len - len(prompt)
+        with (
+            tqdm(total=steps, disable=not (use_tqdm and self._is_main), desc="generate", leave=False) as bar,
+            self.accelerator.autocast(),
+        ):
+            responses = self.actor_critic.generate(
+                prompt.expand(num_samples, -1), None, max_new_tokens=steps, temperature=temperature,
+                eos_token=eos_token, generator=generator or self._generator("answer", self.answers), on_step=bar.update,
             )  # fmt: skip
-        self.rollouts += 1
-        sequences, real = torch.cat((prompts, out.tokens * out.mask), 1), torch.cat((mask, out.mask), 1)
-        prompt_mask = torch.cat((mask, torch.zeros_like(out.mask)), 1)
-        scores = judge_sequences(
-            self.reward_model,
-            sequences,
-            prompt_mask,
-            real,
-            max_batch_size=self.settings.max_batch_size,
-            where="generate",
-        )
-        best = int(scores.argmax())
-        return sequences[best][real[best]]
+        self.answers += 1  # counted apart from rollouts: to look at samples does not change the training
+        return best_response(self.reward_model, prompt, responses, **self.settings.batch_limits())
 
     def export_palm(self) -> PaLM:
         """The improved PaLM: a model of its own, the actor's update merged into its weights, in eval mode."""
-        return self.accelerator.unwrap_model(self.learner.model).export_palm().eval()
+        return self.actor_critic.export_palm().eval()
 
     def save(self, path: str | Path) -> None:
-        """Write all that training has changed (not the frozen trunk) to one file, atomically; main process only."""
+        """Write what training has changed (not the frozen trunk) to one file, atomically; main process only."""
         if self._is_main:
             save_trainer(self, path)
 
     def load(self, path: str | Path) -> None:
-        """Go on where `save` was called, in a trainer built with the same palm and settings.
-
-        All is checked before anything changes.
+        """Go on where `save` was called, in a trainer of the same palm and settings; all is checked before any change.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is no trainer's checkpoint, or belongs to another palm or other settings.
+            ValueError: if it is no trainer's checkpoint, or that of another palm or other settings.
         """
         load_trainer(self, path)
 
@@ -364,18 +348,3 @@ class RLHFTrainer:
         state = np.random.SeedSequence([self.seed, stream, count, rank]).generate_state(1, np.uint64)
         device = "cpu" if cpu or purpose == "adapters" else self.accelerator.device
         return torch.Generator(device).manual_seed(int(state[0] >> 1))
-
-    def _timing(self, rollout: Rollout, started: float, sampled: float) -> dict[str, float]:
-        now = time.perf_counter()
-        tokens = float(self._sum_over_ranks(rollout.response_mask.sum().float()))
-        return {
-            "perf/rollout_seconds": sampled - started,
-            "perf/learn_seconds": now - sampled,
-            "perf/tokens_per_second": tokens / (now - started),
-        }
-
-
-def _headline(metrics: dict[str, float]) -> dict[str, str]:
-    """What the progress bar shows."""
-    shown = {"score": "reward/score", "kl": "objective/kl", "length": "response/length_mean"}
-    return {label: f"{metrics[name]:.3g}" for label, name in shown.items()}

@@ -28,7 +28,7 @@ class Prompts:
         """
         self.ids, self.lengths, self.seed = ids, lengths, seed
         self.taken = 0  # prompts handed out since the start, over all processes
-        self._order: tuple[int, Tensor] | None = None
+        self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,11 +36,18 @@ class Prompts:
     def next_rows(self, count: int) -> Tensor:
         """Row numbers of the next prompts, (count,): each prompt once before any comes again."""
         rows = []
-        for _ in range(count):
+        while count > 0:
             epoch, place = divmod(self.taken, len(self))
-            rows.append(int(self._epoch_order(epoch)[place]))
-            self.taken += 1
-        return torch.tensor(rows)
+            part = self._epoch_order(epoch)[place : place + count]
+            rows.append(part)
+            self.taken += len(part)
+            count -= len(part)
+        return torch.cat(rows)
+
+    def next_share(self, count: int, rank: int, *, of: int) -> Tensor:
+        """One rank's equal share of the next `count` rows, rounded up; all `of` ranks must take theirs."""
+        share = -(-count // of)
+        return self.next_rows(share * of)[rank * share : (rank + 1) * share]
 
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (b, p) and mask (b, p) of some prompts, padded to the longest of them."""
@@ -49,9 +56,9 @@ class Prompts:
         return self.ids[rows, :longest], lengths_to_mask(lengths, longest)
 
     def _epoch_order(self, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != epoch:
+        if self._order is None or self._order[0] != (self.seed, epoch):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-            self._order = (epoch, torch.from_numpy(order))
+            self._order = ((self.seed, epoch), torch.from_numpy(order))
         return self._order[1]
 
 
@@ -81,7 +88,7 @@ def prompts_from(
         tokenizer: makes ids of texts: any callable, or an object with `encode`; Hugging Face's too.
 
     Raises:
-        TypeError: if ids are not integers.
+        TypeError: if ids are not integers, or prompts are one text.
         ValueError: if there is no source or more than one, no prompt, an empty or all-padding one, an id out of
             range, or padding that cannot be told from tokens.
     """
@@ -89,6 +96,8 @@ def prompts_from(
     given = [name for name, source in sources.items() if source is not None]
     if len(given) != 1:
         raise ValueError(f"give one source of prompts out of {', '.join(sources)}, not {' and '.join(given) or 'none'}")
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts is one text ({prompts[:40]!r}): give a list of texts, [prompt]")
     if prompt_token_ids is None:
         if tokenizer is None:
             raise ValueError(f"{given[0]} are text: give the tokenizer that makes token ids of them")
@@ -108,16 +117,33 @@ def prompts_from(
     return Prompts(ids.long(), lengths, seed=seed)
 
 
+def one_prompt(prompt: Tensor, *, num_tokens: int, pad_value: int | None, seq_len: int) -> Tensor:
+    """A single prompt, checked, its padding cut off, (p,).
+
+    Raises:
+        TypeError: if ids are not integers.
+        ValueError: if it is not one prompt (p,), empty, all padding, out of the vocabulary, or not below seq_len.
+    """
+    if prompt.ndim != 1:
+        raise ValueError(f"prompt has shape {tuple(prompt.shape)}: give one prompt, (p,)")
+    only = prompts_from(num_tokens=num_tokens, seed=0, prompt_token_ids=prompt[None], pad_value=pad_value)
+    length = int(only.lengths[0])
+    if length >= seq_len:
+        raise ValueError(f"seq_len ({seq_len}) counts the prompt: it must be above the prompt's {length} tokens")
+    return only.ids[0, :length]
+
+
 def _from_list(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if len(rows) == 0:
         raise ValueError("prompt_token_ids is an empty list: give at least one prompt")
-    rows = [row.cpu() for row in rows]
     for number, row in enumerate(rows):
+        if not isinstance(row, Tensor):
+            raise TypeError(f"prompt {number} is a {type(row).__name__}: it must be a tensor of token ids")
         if row.ndim != 1 or len(row) == 0:
             raise ValueError(f"prompt {number} has shape {tuple(row.shape)}: it must be 1-D, with at least one token")
         if row.is_floating_point() or row.dtype == torch.bool:
             raise TypeError(f"prompt {number} holds {row.dtype}: token ids must be integers (ids.long())")
-    ids, mask = pad_ragged([row.long() for row in rows])
+    ids, mask = pad_ragged([row.detach().cpu().long() for row in rows])
     return ids, mask.sum(dim=-1)
 
 
@@ -149,6 +175,7 @@ def _from_matrix(
         ids = ids.masked_fill(~lengths_to_mask(lengths, ids.shape[1]), 0)
     elif pad_value is not None:
         lengths = _without_trailing(ids, pad_value)
+        ids = ids.masked_fill(~lengths_to_mask(lengths, ids.shape[1]), 0)
     else:
         lengths = torch.full((len(ids),), ids.shape[1])
     if int(lengths.min()) < 1:
@@ -164,7 +191,7 @@ def _without_trailing(ids: Tensor, pad_value: int) -> Tensor:
     if bool(left.any()):
         row = int(left.int().argmax())
         raise ValueError(
-            f"prompt {row} begins with pad_value ({pad_value}): whether that is padding on the left or a token cannot be"
-            " told; give prompt_mask or prompt_lengths"
+            f"prompt {row} begins with pad_value ({pad_value}): whether that is padding on the left or a token cannot"
+            " be told; give prompt_mask or prompt_lengths"
         )
     return lengths

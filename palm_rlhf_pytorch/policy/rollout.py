@@ -7,13 +7,13 @@ response starts. Nothing here has the size of the vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.tensors import align_left, lengths_to_mask
+from palm_rlhf_pytorch.tensors import align_left, lengths_to_mask, split_rows
 
 
 class Rollout(NamedTuple):
@@ -22,7 +22,8 @@ class Rollout(NamedTuple):
     sequences: ids of prompt and response, padded on the right, (b, n).
     prompt_lengths: tokens of each prompt, (b,).
     response_mask: True on response tokens, the EOS included, (b, t).
-    logprobs: log-probability (nats) of each response token under the policy that sampled, by the path that learns, (b, t).
+    logprobs: log-probability (nats) of each response token under the policy that sampled it, by the path that learns,
+        (b, t).
     ref_logprobs: the same under the reference, (b, t).
     values: the critic's value before each response token, (b, t).
     sampler_logprobs: the log-probability the sampler saw; equal to logprobs up to rounding, (b, t).
@@ -89,6 +90,7 @@ def collect_rollout(
     eos_token: int | None,
     generator: torch.Generator,
     max_batch_size: int,
+    max_batch_tokens: int,
     on_step: Callable[[], object] | None = None,
 ) -> Rollout:
     """Sample a response to each prompt, and record what learning needs of it.
@@ -101,7 +103,8 @@ def collect_rollout(
         temperature: above 0.
         eos_token: id that ends a response, or None.
         generator: random state of the draws.
-        max_batch_size: rows in one pass.
+        max_batch_size: rows generated together.
+        max_batch_tokens: tokens, padding included, in one pass over whole sequences.
         on_step: called after each generated token of a batch.
     """
     was_training = actor_critic.training
@@ -110,7 +113,8 @@ def collect_rollout(
         parts = [
             _collect(
                 actor_critic, *align_left(prompts[rows], prompt_mask[rows]), max_new_tokens[rows],
-                temperature=temperature, eos_token=eos_token, generator=generator, on_step=on_step,
+                temperature=temperature, eos_token=eos_token, generator=generator,
+                max_batch_tokens=max_batch_tokens, on_step=on_step,
             )
             for rows in torch.arange(len(prompts)).split(max_batch_size)
         ]  # fmt: skip
@@ -128,8 +132,10 @@ def _collect(
     temperature: float,
     eos_token: int | None,
     generator: torch.Generator,
+    max_batch_tokens: int,
     on_step: Callable[[], object] | None,
 ) -> Rollout:
+    """Generate one batch, then read it by the path that learns."""
     out = actor_critic.generate(
         prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, eos_token=eos_token,
         generator=generator, on_step=on_step,
@@ -138,15 +144,20 @@ def _collect(
     sequences, mask = align_left(torch.cat((prompts, out.tokens), 1), torch.cat((prompt_mask, out.mask), 1))
     sequences = sequences.masked_fill(~mask, 0)[:, : int(mask.sum(dim=-1).max())]
     steps = out.tokens.shape[1]
-    policy = actor_critic(sequences, prompt_lengths, steps, temperature=temperature)
-    reference = actor_critic.reference_logprobs(sequences, prompt_lengths, steps, temperature=temperature)
+    logprobs, ref_logprobs, values = (torch.zeros_like(out.logprobs) for _ in range(3))
+    lengths = mask.sum(dim=-1)
+    for rows in split_rows(lengths, max_rows=len(lengths), max_tokens=max_batch_tokens):
+        part = sequences[rows, : int(lengths[rows].max())], prompt_lengths[rows], steps
+        policy = actor_critic(*part, temperature=temperature)
+        logprobs[rows], values[rows] = policy.logprobs, policy.values
+        ref_logprobs[rows] = actor_critic.reference_logprobs(*part, temperature=temperature)
     return Rollout(
         sequences=sequences,
         prompt_lengths=prompt_lengths,
         response_mask=out.mask,
-        logprobs=policy.logprobs * out.mask,
-        ref_logprobs=reference * out.mask,
-        values=policy.values * out.mask,
+        logprobs=logprobs * out.mask,
+        ref_logprobs=ref_logprobs * out.mask,
+        values=values * out.mask,
         sampler_logprobs=out.logprobs,
         ended=out.ended,
         temperature=temperature,
@@ -169,7 +180,7 @@ def _join(parts: list[Rollout]) -> Rollout:
             row += len(tensor)
         return joined
 
-    tensors = {
+    tensors: dict[str, Any] = {
         name: stack([getattr(part, name) for part in parts])
         for name, value in parts[0]._asdict().items()
         if isinstance(value, Tensor)

@@ -1,17 +1,19 @@
 """From a judge's raw score to what the policy is rewarded with at the end of a response.
 
-Judging, checking, normalising, and the price of a response that never ended. A judge is any callable
+Judging, checking, choosing the best, normalising, and the price of a response that never ended. A judge is any callable
 `(sequences, prompt_mask=..., mask=...) -> scores (b,)`; a reward model is one.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.palm.generation import Generation
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.tensors import masked_moments
+from palm_rlhf_pytorch.tensors import lengths_to_mask, masked_moments, split_rows
 
 Judge = Callable[..., Tensor]
 
@@ -31,7 +33,14 @@ def evaluating(module: object) -> Iterator[None]:
 
 @torch.no_grad()
 def judge_sequences(
-    judge: Judge, sequences: Tensor, prompt_mask: Tensor, mask: Tensor, *, max_batch_size: int, where: str
+    judge: Judge,
+    sequences: Tensor,
+    prompt_mask: Tensor,
+    mask: Tensor,
+    *,
+    max_batch_size: int,
+    max_batch_tokens: int,
+    where: str,
 ) -> Tensor:
     """Scores (b,) of sequences, checked; in eval mode, without gradient, a batch at a time.
 
@@ -41,6 +50,7 @@ def judge_sequences(
         prompt_mask: True on prompt tokens, (b, n).
         mask: True on prompt and response tokens, (b, n).
         max_batch_size: rows of one call.
+        max_batch_tokens: rows times n of one call, if it has more than one row.
         where: which step this is; added to a judge's own error.
 
     Returns:
@@ -52,7 +62,8 @@ def judge_sequences(
     """
     scores = []
     with evaluating(judge):
-        for rows in torch.arange(len(sequences), device=sequences.device).split(max_batch_size):
+        lengths = torch.full(sequences.shape[:1], sequences.shape[1], device=sequences.device)
+        for rows in split_rows(lengths, max_rows=max_batch_size, max_tokens=max_batch_tokens):
             try:
                 found = judge(sequences[rows], prompt_mask=prompt_mask[rows], mask=mask[rows])
             except Exception as error:
@@ -60,45 +71,79 @@ def judge_sequences(
                     f"raised by the reward model while scoring rows {int(rows[0])} to {int(rows[-1])} of {where}"
                 )
                 raise
-            scores.append(_checked(found, rows, where).to(sequences.device))
+            scores.append(check_scores(found, rows, where=f"the reward model in {where}").to(sequences.device))
     return torch.cat(scores)
 
 
-def _checked(scores: object, rows: Tensor, where: str) -> Tensor:
+def check_scores(scores: object, rows: Tensor, *, where: str) -> Tensor:
+    """Scores as float32 without gradient, if they are one finite number for each of the rows (b,).
+
+    Raises:
+        TypeError: if scores are no tensor of real numbers.
+        ValueError: if their shape is not (b,), or one is NaN or infinite (the rows are named).
+    """
     if not isinstance(scores, Tensor) or scores.is_complex():
-        raise TypeError(
-            f"the reward model returned {type(scores).__name__} in {where}: it must return a tensor of scores"
-        )
+        kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores of {where} are {kind}: they must be a tensor of real numbers, ({len(rows)},)")
     if scores.shape != rows.shape:
-        raise ValueError(f"the reward model returned shape {tuple(scores.shape)} in {where}: it must be ({len(rows)},)")
+        raise ValueError(f"scores of {where} have shape {tuple(scores.shape)}: it must be ({len(rows)},)")
+    scores = scores.detach().float()
     bad = ~scores.isfinite()
     if bool(bad.any()):
         numbers = rows[bad.to(rows.device)].tolist()
-        raise ValueError(f"the reward model returned NaN or infinite scores in {where}, for rows {numbers[:10]}")
-    return scores.detach().float()
+        more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+        raise ValueError(f"scores of {where} are NaN or infinite for rows {numbers[:10]}{more}")
+    return scores
+
+
+def best_response(
+    judge: Judge, prompt: Tensor, responses: Generation, *, max_batch_size: int, max_batch_tokens: int
+) -> Tensor:
+    """Prompt and response (n,) of the sample with the highest score.
+
+    Args:
+        judge: called as judge(sequences, prompt_mask=..., mask=...).
+        prompt: ids that all samples answer, (p,).
+        responses: g samples.
+        max_batch_size: rows of one call of the judge.
+        max_batch_tokens: see `judge_sequences`.
+    """
+    samples = len(responses.tokens)
+    sequences = torch.cat((prompt.expand(samples, -1), responses.tokens * responses.mask), dim=1)
+    lengths = len(prompt) + responses.mask.sum(dim=-1)
+    prompt_mask = lengths_to_mask(torch.full_like(lengths, len(prompt)), sequences.shape[1])
+    mask = lengths_to_mask(lengths, sequences.shape[1])
+    scores = judge_sequences(
+        judge, sequences, prompt_mask, mask, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
+        where="generate",
+    )  # fmt: skip
+    best = int(scores.argmax())
+    return sequences[best, : int(lengths[best])]
 
 
 class ScoreNormalizer:
     """Shift and scale scores to mean 0, deviation 1 over the first responses judged, then keep shift and scale.
 
     The first rollout is sampled from the reference, so its responses are reference responses. Without this a constant
-    score teaches length instead of the task. The deviation stays 1 until scores differ.
+    score teaches length instead of the task. Where the first scores are all alike the scale stays 1, and is taken from
+    the first rollout whose scores differ.
     """
 
     def __init__(self) -> None:
         self.mean: float | None = None
         self.std: float | None = None
 
-    def fit(self, scores: Tensor, *, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Take mean and deviation of scores (b,) of all ranks, as far as they are not fixed yet."""
-        if self.mean is not None and self.std is not None:
-            return
+    def fit(self, scores: Tensor, *, reduce: Callable[[Tensor], Tensor]) -> Self:
+        """Take mean and deviation of scores (b,) of all ranks, as far as they are not fixed yet; returns itself."""
+        if self.std is not None:
+            return self
         moments = masked_moments(scores, torch.ones_like(scores, dtype=torch.bool), reduce=reduce)
-        std = float(moments.var.sqrt())
-        if self.std is None and std > 1e-6 * max(1.0, abs(float(moments.mean))):  # above what rounding alone gives
-            self.mean, self.std = float(moments.mean), std
-        elif self.mean is None:
-            self.mean = float(moments.mean)
+        mean, std = float(moments.mean), float(moments.var.sqrt())
+        if self.mean is None:
+            self.mean = mean
+        if std > 1e-6 * abs(mean):  # above what rounding alone gives
+            self.std = std
+        return self
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Normalised scores (b,)."""
@@ -111,6 +156,36 @@ class ScoreNormalizer:
     def restore(self, state: dict[str, float | None]) -> None:
         """Take over what `state` gave."""
         self.mean, self.std = state["mean"], state["std"]
+
+
+def learnt_scores(
+    rollout: Rollout,
+    normalizer: ScoreNormalizer | None,
+    *,
+    penalty: float | None,
+    replacement: float | None,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What is learnt from a rollout's raw scores: normalised, with the price of a missing EOS, (b,).
+
+    Args:
+        rollout: with its scores.
+        normalizer: fixes its shift and scale on the first scores it sees; None takes raw scores.
+        penalty: see `penalize_missing_eos`.
+        replacement: likewise.
+        reduce: sums a tensor over ranks.
+
+    Raises:
+        TypeError: if scores are no tensor of real numbers.
+        ValueError: if there are none, or they are not one finite number for each response.
+    """
+    if rollout.scores is None:
+        raise ValueError("rollout has no scores: call score(rollout) first, or set them by rollout._replace(scores=)")
+    rows = torch.arange(len(rollout.sequences), device=rollout.sequences.device)
+    scores = check_scores(rollout.scores, rows, where="this rollout").to(rows.device)
+    if normalizer is not None:
+        scores = normalizer.fit(scores, reduce=reduce)(scores)
+    return penalize_missing_eos(scores, rollout, penalty=penalty, replacement=replacement)
 
 
 def penalize_missing_eos(

@@ -1,11 +1,16 @@
 """PPO's settings: each described, checked, and with the reason of its default."""
 
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
+from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.prompts import Prompts
+from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -30,12 +35,14 @@ class PPOSettings:
         critic_lora_alpha: the same for the critic.
         actor_last_layers: train only so many layers, counted from the output; None all.
         critic_last_layers: the same for the critic.
-        actor_dropout: dropout of the policy's learning passes; above 0 the ratio starts off 1 by its noise.
+        actor_dropout: dropout of the policy's learning passes; above 0 the ratio starts off 1 by its noise, and
+            RLHFTrainer warns of it.
         critic_dropout: dropout of the critic's learning passes.
         max_norm: gradient norms of actor and critic are clipped to it, each apart; None for no clipping.
         eps_clip: half-width of the ratio's trust region; 0.2 in the PPO paper.
         dual_clip: bound on the ratio where the advantage is negative; None for none; 3 in Ye et al. 2019.
-        value_clip: how far a value counts as moved from the old one, in units of the normalised score; None for raw scores.
+        value_clip: how far a value counts as moved from the old one, in units of the normalised score; None for raw
+            scores.
         gamma: discount per token; 1 as in all of RLHF.
         gae_lambda: GAE's lambda; 0.95.
         kl_coef: price of a nat of KL to the reference, in units of the normalised score; 0.05.
@@ -48,7 +55,10 @@ class PPOSettings:
         normalize_scores: shift and scale scores to mean 0, deviation 1 over the first rollout.
         epochs: passes over each rollout; 4.
         minibatch_size: sequences in an optimizer step, over all processes.
-        max_batch_size: sequences in one pass of a model; memory follows it, results do not.
+        max_batch_size: sequences generated together, and at most so many in any pass. Memory follows it; what is
+            learnt from a rollout does not, but which responses are drawn does.
+        max_batch_tokens: tokens, padding included, in one pass that learns or scores; memory follows it, results do
+            not. 4096 keeps a step of the README's model at about 5 GB.
     """
 
     actor_lr: float = 1e-4
@@ -83,6 +93,7 @@ class PPOSettings:
     epochs: int = 4
     minibatch_size: int = 16
     max_batch_size: int = 64
+    max_batch_tokens: int = 4096
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing.
@@ -94,20 +105,50 @@ class PPOSettings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(number) for number in numbers if isinstance(number, int | float)):
                 raise ValueError(f"{name} ({value}) must be finite")
-        positive = ("eps_clip", "epochs", "minibatch_size", "max_batch_size", "kl_horizon", "adam_eps")
+        positive = (
+            "eps_clip",
+            "epochs",
+            "minibatch_size",
+            "max_batch_size",
+            "max_batch_tokens",
+            "kl_horizon",
+            "adam_eps",
+        )
         optional = ("max_norm", "dual_clip", "value_clip", "target_kl_nats_per_response")
         for name in positive + optional:
             value = getattr(self, name)
             if not (value is None and name in optional) and not value > 0:
                 raise ValueError(f"{name} ({value}) must be above 0" + (", or None" if name in optional else ""))
-        for name in ("actor_lr", "critic_lr", "actor_wd", "critic_wd", "kl_coef"):
-            if getattr(self, name) < 0:
+        for name in ("actor_lr", "critic_lr", "actor_wd", "critic_wd", "kl_coef", "missing_eos_penalty"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+        if self.eps_clip >= 1:
+            raise ValueError(f"eps_clip ({self.eps_clip}) must be below 1; 0.2 is usual")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip ({self.dual_clip}) must be above 1, or None; 3 is usual")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to 1")
         if self.target_kl_nats_per_response is not None and self.kl_coef == 0:
             raise ValueError("kl_coef (0) cannot be steered to target_kl_nats_per_response: start it above 0")
+
+    def warn(self) -> None:
+        """Warn of what is allowed but seldom meant."""
+        if self.actor_dropout > 0:
+            warnings.warn(
+                f"actor_dropout ({self.actor_dropout}): the ratio will not start at 1, since dropout is on while"
+                " learning and off while sampling; PPO is usually run without",
+                stacklevel=3,
+            )
+
+    def next_kl_coef(self, kl_coef: float, kl: float, *, num_episodes: int) -> float:
+        """The coefficient after a rollout of num_episodes with kl nats a response; without a target the same."""
+        target = self.target_kl_nats_per_response
+        if target is None:
+            return kl_coef
+        return adaptive_kl_coef(
+            kl_coef, kl, target_kl_nats_per_response=target, num_episodes=num_episodes, horizon=self.kl_horizon
+        )
 
     def plain(self) -> dict[str, Any]:
         """All settings as JSON-able values."""
@@ -118,17 +159,23 @@ class PPOSettings:
         names = ("lora", "lora_r", "lora_alpha", "last_layers", "dropout")
         return {f"{hat}_{name}": getattr(self, f"{hat}_{name}") for hat in ("actor", "critic") for name in names}
 
+    def batch_limits(self) -> dict[str, int]:
+        """The part that bounds a pass."""
+        return {"max_batch_size": self.max_batch_size, "max_batch_tokens": self.max_batch_tokens}
+
     def learner_arguments(self) -> dict[str, Any]:
         """The part that the Learner takes."""
         names = (
             "actor_lr", "critic_lr", "actor_wd", "critic_wd", "betas", "adam_eps", "max_norm", "eps_clip", "dual_clip",
             "value_clip", "entropy_coef", "epochs", "minibatch_size", "max_batch_size",
+            "max_batch_tokens",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
 def check_train_arguments(
     prompts: Prompts,
+    settings: PPOSettings,
     *,
     palm: PaLM,
     num_episodes: int,
@@ -146,15 +193,77 @@ def check_train_arguments(
     for name, count in (("num_episodes", num_episodes), ("update_timesteps", update_timesteps)):
         if count < 1:
             raise ValueError(f"{name} ({count}) must be at least 1")
+    batch = min(num_episodes, update_timesteps)
+    if settings.target_kl_nats_per_response is not None and batch >= 5 * settings.kl_horizon:
+        raise ValueError(
+            f"update_timesteps ({update_timesteps}) must be below 5 times kl_horizon ({settings.kl_horizon})"
+        )
+    check_sampling_arguments(
+        prompts.lengths, palm=palm, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token,
+        temperature=temperature,
+    )  # fmt: skip
+
+
+def check_rollout_arguments(prompts: Tensor, prompt_mask: Tensor, *, palm: PaLM, **sampling: Any) -> None:
+    """Refuse prompts that are not token ids (b, p) with their mask, and what `check_sampling_arguments` refuses.
+
+    Raises:
+        TypeError: if prompts are not integers, or prompt_mask is not bool.
+        ValueError: naming the argument and its value.
+    """
+    check_token_ids(prompts, palm.num_tokens, name="prompts")
+    check_masked(prompt_mask, prompts=prompts)
+    check_sampling_arguments(prompt_mask.sum(dim=-1), palm=palm, **sampling)
+
+
+def check_same_vocabulary(palm: PaLM, judge: PaLM) -> None:
+    """Raise a ValueError unless a judge reads the token ids that palm writes."""
+    if judge.num_tokens != palm.num_tokens:
+        raise ValueError(
+            f"reward_model reads {judge.num_tokens} token ids, palm writes {palm.num_tokens}: they must share a"
+            " vocabulary"
+        )
+
+
+def check_sampling_arguments(
+    lengths: Tensor,
+    *,
+    palm: PaLM,
+    max_seq_len: int,
+    max_new_tokens: int | None,
+    eos_token: int | None,
+    temperature: float,
+) -> None:
+    """Refuse settings of a rollout that leave no room for a response, or that name no distribution.
+
+    Args:
+        lengths: tokens of each prompt, (b,).
+        palm: the model that samples.
+        max_seq_len: as in `RLHFTrainer.rollout`.
+        max_new_tokens: likewise.
+        eos_token: likewise.
+        temperature: likewise.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1, or None")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature ({temperature}) must be above 0: a greedy policy has nothing to explore")
     if eos_token is not None and not 0 <= eos_token < palm.num_tokens:
         raise ValueError(f"eos_token ({eos_token}) must be from 0 to {palm.num_tokens - 1}, or None")
-    longest = int(prompts.lengths.argmax())
-    if int(prompts.lengths[longest]) >= max_seq_len:
+    if int(lengths.min()) < 1:
+        raise ValueError(f"prompt {int(lengths.argmin())} is all padding: a prompt takes at least one token")
+    row, longest = int(lengths.argmax()), int(lengths.max())
+    if longest >= max_seq_len:
         raise ValueError(
-            f"max_seq_len ({max_seq_len}) counts the prompt: prompt {longest} has {int(prompts.lengths[longest])} tokens"
-            " and leaves no room for a response; shorten it or raise max_seq_len"
+            f"max_seq_len ({max_seq_len}) counts the prompt: prompt {row} has {longest} tokens and leaves no room for a"
+            " response; shorten it or raise max_seq_len"
+        )
+    total = max_seq_len if max_new_tokens is None else min(max_seq_len, longest + max_new_tokens)
+    if total > palm.max_length:
+        raise ValueError(
+            f"max_seq_len ({max_seq_len}) lets rows grow to {total} tokens: beyond {palm.max_length} palm's xPos scales"
+            " leave the range of its dtype; lower max_seq_len or max_new_tokens"
         )

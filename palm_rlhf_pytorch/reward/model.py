@@ -131,6 +131,8 @@ class RewardModel(nn.Module):
         if rejected is not None:
             if labels is not None:
                 raise ValueError("labels and rejected: give ratings or pairs, not both")
+            if rejected.shape[:1] != seq.shape[:1]:
+                raise ValueError(f"rejected {tuple(rejected.shape)} and seq {tuple(seq.shape)}: a pair has one of each")
             if rejected_prompt_mask is None and rejected_prompt_lengths is None:
                 rejected_prompt_lengths = same_prompt_lengths(texts)
             other = self._reader()(
@@ -212,8 +214,6 @@ class RewardModel(nn.Module):
 
     def _pair_loss(self, chosen: Texts, rejected: Texts, margin: Tensor | float | None) -> Tensor:
         """Bradley-Terry, by one pass over both."""
-        if len(chosen.seq) != len(rejected.seq):
-            raise ValueError(f"rejected has {len(rejected.seq)} texts, seq {len(chosen.seq)}: a pair has one of each")
         if margin is not None and not bool(torch.as_tensor(margin).isfinite().all()):
             raise ValueError(f"margin ({margin}) must be finite")
         scores = self._scores(self._outputs(join(chosen, rejected)))

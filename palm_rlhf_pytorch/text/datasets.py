@@ -1,11 +1,10 @@
-"""Files of text and what is drawn from them: token stream, prompts, held-out documents.
+"""Files of text and what is drawn from them: token stream, texts, prompts.
 
 It knows no model and no loss. All randomness comes from a seed; the order of prompts is the policy's to choose.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,35 +78,6 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
-
-
-class Split(NamedTuple):
-    """Documents to train on, and documents kept from training to judge by."""
-
-    train: list[str]
-    held_out: list[str]
-
-
-def split_documents(documents: Sequence[str], *, held_out: float = 0.05, seed: int = 0) -> Split:
-    """Divide documents at random, each to one side whole; both sides keep the order given.
-
-    Args:
-        documents: at least two.
-        held_out: share of the documents that is held out, at least one of them.
-        seed: of the choice.
-
-    Raises:
-        ValueError: if held_out is not between 0 and 1, or there are fewer than two documents.
-    """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out ({held_out}) must lie between 0 and 1")
-    if len(documents) < 2:
-        raise ValueError(f"documents ({len(documents)}) must be at least 2 to hold one out")
-    num_held = min(max(round(len(documents) * held_out), 1), len(documents) - 1)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:num_held])
-    train = [document for index, document in enumerate(documents) if index not in chosen]
-    return Split(train, [documents[index] for index in sorted(chosen)])
 
 
 def _read_text(path: Path) -> str:

@@ -44,7 +44,7 @@ def total_variation(policy: Tensor, optimum: Tensor) -> float:
     return (policy - optimum).abs().sum(dim=-1).mean().item() / 2
 
 
-def distance_after_ppo(reward: Reward, *, kl_coef: float, num_rollouts: int = NUM_ROLLOUTS) -> tuple[float, float]:
+def distance_after_ppo(reward: Reward, *, kl_coef: float) -> tuple[float, float]:
     """Mean total variation between policy and optimum over the contexts, before and after training."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(NUM_CONTEXTS, NUM_ACTIONS, generator=generator)
@@ -56,8 +56,8 @@ def distance_after_ppo(reward: Reward, *, kl_coef: float, num_rollouts: int = NU
     optimizer = torch.optim.Adam([policy, values], lr=LR, eps=1e-5)
     before = total_variation(policy.detach().softmax(dim=-1), optimum)
     mask = torch.ones(BATCH, 1, dtype=torch.bool)
-    for rollout in range(num_rollouts):
-        optimizer.param_groups[0]["lr"] = LR * (1 - rollout / num_rollouts)
+    for rollout in range(NUM_ROLLOUTS):
+        optimizer.param_groups[0]["lr"] = LR * (1 - rollout / NUM_ROLLOUTS)
         with torch.no_grad():
             contexts = torch.randint(NUM_CONTEXTS, (BATCH, 1), generator=generator)
             old_logits, old_values = policy[contexts], values[contexts].clone()

@@ -230,6 +230,17 @@ def test_perfect_values_cost_nothing_and_shapes_never_broadcast() -> None:
         value_loss(values, values, values, all_true(2, 3), value_clip=0)
 
 
+def test_value_loss_gives_a_gradient_to_the_values_only() -> None:
+    values, old, returns = (x.clone().requires_grad_() for x in (row(0.6, 0.1), row(0.3, 0.4), row(1, 1)))
+    result = value_loss(values, old, returns, all_true(1, 2))
+    result.loss.backward()
+    assert old.grad is None and returns.grad is None
+    # The first has moved further than the clip towards its return and earns no more; the second moved away.
+    assert values.grad is not None
+    close(values.grad, row(0, (0.1 - 1) / 2))
+    assert not any(metric.requires_grad for metric in result[1:])
+
+
 def test_values_of_padding_get_no_gradient() -> None:
     values = torch.tensor([[1.0, NAN, 9.0]], requires_grad=True)
     other = torch.tensor([[0.0, NAN, 1.0]])

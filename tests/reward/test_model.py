@@ -15,7 +15,9 @@ VOCAB = 17
 
 def small_palm(*, causal=False, seed=0, **changes):
     torch.manual_seed(seed)
-    return PaLM(**({"num_tokens": VOCAB, "dim": DIM, "depth": 2, "causal": causal, "dim_head": 6, "heads": 3} | changes))
+    return PaLM(
+        **({"num_tokens": VOCAB, "dim": DIM, "depth": 2, "causal": causal, "dim_head": 6, "heads": 3} | changes)
+    )
 
 
 def judge(*, causal=False, seed=0, stir=True, **settings):
@@ -242,6 +244,15 @@ def test_bfloat16_leaves_adapter_embeddings_and_head_in_float32():
     assert {parameter.dtype for parameter in half.finetune_parameters()} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert half(seq, labels=torch.zeros(2)).dtype == torch.float32
+
+
+def test_autocast_leaves_the_head_in_float32():
+    model = judge(stir=False)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(0.7)  # no bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(ids(2, 5)), torch.full((2,), 0.7))
 
 
 def test_casting_leaves_the_palm_as_it_was():

@@ -1,4 +1,4 @@
-"""Token windows, files of text, held-out documents."""
+"""Token windows, files of text."""
 
 from itertools import islice
 
@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf_pytorch.text.datasets import (
-    TokenStream,
-    read_prompts,
-    read_texts,
-    split_documents,
-)
+from palm_rlhf_pytorch.text.datasets import TokenStream, read_prompts, read_texts
 
 
 def test_stream_yields_windows_of_the_tokens():
@@ -98,22 +93,3 @@ def test_read_texts_names_the_file_and_the_byte(tmp_path):
         read_texts([tmp_path])
     with pytest.raises(TypeError, match=r"\[path\]"):
         read_texts(str(path))
-
-
-def test_split_documents_divides_without_loss_in_order():
-    documents = [f"document {index}" for index in range(41)]
-    split = split_documents(documents, held_out=0.1, seed=2)
-    assert len(split.held_out) == 4
-    assert sorted(split.train + split.held_out, key=documents.index) == documents
-    assert [split.train, split.held_out] == [sorted(side, key=documents.index) for side in split]
-    assert split == split_documents(documents, held_out=0.1, seed=2)
-    assert split != split_documents(documents, held_out=0.1, seed=3)
-
-
-def test_split_documents_leaves_neither_side_empty():
-    assert [len(side) for side in split_documents(["a", "b"], held_out=0.01)] == [1, 1]
-    assert [len(side) for side in split_documents(["a", "b"], held_out=0.99)] == [1, 1]
-    with pytest.raises(ValueError, match=r"documents \(1\)"):
-        split_documents(["a"])
-    with pytest.raises(ValueError, match=r"held_out \(1.0\)"):
-        split_documents(["a", "b"], held_out=1.0)

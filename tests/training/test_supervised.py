@@ -270,6 +270,17 @@ def test_model_prepared_by_the_caller_stays_prepared() -> None:
     assert model._is_accelerate_prepared
 
 
+def test_mixed_precision_holds_in_every_call_and_ends_with_it() -> None:
+    model = Regression()
+    dtypes: list[torch.dtype] = []
+    model.linear.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    for _ in range(2):
+        fit(model, batches(), num_steps=1, lr=0.1, accelerator=accelerator, progress=False)
+    model(**batch(3, 0))
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
 def two_ranks(folder: str) -> None:
     """Each rank brings half of every batch; the last one of rank 1 is broken in the second run."""
     torch.set_num_threads(1)

@@ -1,0 +1,84 @@
+"""The demo's text and its judge: documentation of the Python installation, prompts from it, and a gold score.
+
+The gold judge stands for a person whose taste can be seen in the text: real words, not repeated in a loop. It is a
+plain Python function; the reward model never sees it, only the pairs it labels.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+EDGES = ".,;:!?\"'()"
+
+
+class DemoText(NamedTuple):
+    """Paragraphs to train on, paragraphs held out, and the words that a reader knows."""
+
+    train: list[str]
+    held_out: list[str]
+    words: frozenset[str]
+
+
+def demo_text(paragraphs: Sequence[str], *, held_out: float, seed: int) -> DemoText:
+    """Split paragraphs at random, and collect the words that occur at least three times in all.
+
+    Args:
+        paragraphs: plain sentences, a paragraph each.
+        held_out: share that is kept from training.
+        seed: of the split.
+    """
+    shuffled = random.Random(seed).sample(list(paragraphs), len(paragraphs))
+    cut = round(len(shuffled) * held_out)
+    counts = Counter(word for paragraph in paragraphs for word in WORD.findall(paragraph.lower()))
+    words = frozenset(word for word, count in counts.items() if count >= 3 and (len(word) > 1 or word in "ai"))
+    return DemoText(shuffled[cut:], shuffled[:cut], words)
+
+
+def prompts_of(paragraphs: Iterable[str], *, shortest: int, longest: int, seed: int) -> list[str]:
+    """Beginnings of paragraphs, cut after a word at a random length; each with the space that follows."""
+    chance = random.Random(seed)
+    prompts = []
+    for paragraph in paragraphs:
+        wanted = chance.randint(shortest, longest)
+        end = paragraph.rfind(" ", 0, wanted + 1)
+        if end >= shortest - 8 and len(paragraph) > end + 16:
+            prompts.append(paragraph[: end + 1])
+    return list(dict.fromkeys(prompts))
+
+
+def gold_score(response: str, words: frozenset[str], *, ended: bool) -> float:
+    """Share of a response's letters and marks that stand in known words, from 0 to 1.
+
+    A word counts when the reader knows it and it does not repeat the word before it, or a pair of words that stood
+    in this response already. Length does not enter: it is a share. A last word that the length limit cut is left out.
+
+    Args:
+        response: text after the prompt.
+        words: known words, in lower case.
+        ended: the response came to its own end.
+    """
+    pieces = response.split()
+    if not ended and pieces and not response[-1].isspace():
+        pieces = pieces[:-1]
+    total = good = 0
+    before, pairs = "", set()
+    for piece in pieces:
+        word = piece.strip(EDGES).lower()
+        total += len(piece)
+        if word in words and word != before and (before, word) not in pairs:
+            good += len(piece)
+        pairs.add((before, word))
+        before = word
+    return good / total if total else 0.0
+
+
+def distinct_2(responses: Sequence[str]) -> float:
+    """Different pairs of neighbouring words over all pairs, in all responses together; 0 where there is no pair.
+
+    Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055
+    """
+    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -1,0 +1,95 @@
+"""Diagnostics of a rollout, against numbers worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.policy.diagnostics import distinct_2, headline, rollout_metrics, timing_metrics
+from palm_rlhf_pytorch.policy.learning import make_targets
+from palm_rlhf_pytorch.policy.rollout import Rollout
+from palm_rlhf_pytorch.tensors import identity
+from palm_rlhf_pytorch.training.metrics import GLOSSARY
+
+# two responses: of 3 tokens (5 6 5), cut short; and of 1 token (7), ended
+ROLLOUT = Rollout(
+    sequences=torch.tensor([[1, 2, 5, 6, 5], [3, 7, 0, 0, 0]]),
+    prompt_lengths=torch.tensor([2, 1]),
+    response_mask=torch.tensor([[True, True, True], [True, False, False]]),
+    logprobs=torch.tensor([[-1.0, -0.5, -2.0], [-0.3, 0.0, 0.0]]),
+    ref_logprobs=torch.tensor([[-1.2, -0.4, -1.5], [-0.7, 0.0, 0.0]]),
+    values=torch.tensor([[0.3, 0.4, 0.6], [0.2, 0.0, 0.0]]),
+    sampler_logprobs=torch.tensor([[-1.0, -0.5, -2.03], [-0.29, 0.0, 0.0]]),
+    ended=torch.tensor([False, True]),
+    temperature=1.0,
+    eos_token=7,
+    scores=torch.tensor([10.0, 40.0]),
+)
+
+
+@pytest.fixture
+def metrics():
+    normalized = torch.tensor([1.0, -0.5])
+    targets = make_targets(ROLLOUT, normalized, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
+    return rollout_metrics(ROLLOUT, targets, normalized, kl_coef=0.05, gamma=1.0, reduce=identity)
+
+
+def test_rollout_metrics_are_those_worked_by_hand(metrics):
+    # advantages .6683125 .60875 .425 and, of one token, -.5 - .05 * .4 - .2 = -.72; returns .9683125 1.00875 1.025 -.52
+    advantages, returns = [0.6683125, 0.60875, 0.425, -0.72], [0.9683125, 1.00875, 1.025, -0.52]
+    mean, return_mean = sum(advantages) / 4, sum(returns) / 4
+    monte_carlo = torch.tensor([1.02, 1.03, 1.025, -0.52], dtype=torch.float64)
+    residual = monte_carlo - torch.tensor([0.3, 0.4, 0.6, 0.2], dtype=torch.float64)
+    k3 = [math.exp(-d) - 1 + d for d in (0.2, -0.1, -0.5, 0.4)]
+    expected = {
+        "objective/kl": 0.0,  # (-.4 + .4) / 2
+        "objective/kl_token": 0.0,
+        "objective/kl_k3": sum(k3) / 4,
+        "objective/kl_coef": 0.05,
+        "objective/non_score_reward": 0.0,
+        "objective/rlhf_reward": 0.25,
+        "reward/score": 25.0,
+        "reward/score_std": 15.0,
+        "reward/score_normalized": 0.25,
+        "returns/mean": return_mean,
+        "returns/var": sum((x - return_mean) ** 2 for x in returns) / 4,
+        "advantages/mean": mean,
+        "advantages/std": math.sqrt(sum((x - mean) ** 2 for x in advantages) / 4),
+        "value/mean": 1.5 / 4,
+        "value/explained_variance": float(1 - residual.var(correction=0) / (monte_carlo.var(correction=0) + 1e-5)),
+        "response/length_mean": 2.0,
+        "response/length_max": 3.0,
+        "response/eos_rate": 0.5,
+        "response/truncated_rate": 0.5,
+        "score/length_corr": -1.0,
+        "rollout/sampler_logprob_diff_mean": 0.01,
+        "rollout/sampler_logprob_diff_max": 0.03,
+        "rollout/distinct_2": 1.0,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-5)
+
+
+def test_names_are_in_the_glossary(metrics):
+    timing = timing_metrics(ROLLOUT, 1.0, 2.0, reduce=identity)
+    assert timing["perf/rollout_seconds"] == 1.0
+    assert (metrics | timing).keys() <= GLOSSARY.keys()
+    assert headline(metrics) == {"score": "25", "kl": headline(metrics)["kl"], "length": "2"}
+
+
+def test_correlation_is_zero_where_scores_or_lengths_do_not_vary():
+    alike = ROLLOUT._replace(scores=torch.tensor([10.0, 10.0]))
+    targets = make_targets(alike, alike.scores, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
+    found = rollout_metrics(alike, targets, alike.scores, kl_coef=0.05, gamma=1.0, reduce=identity)
+    assert found["score/length_corr"] == 0.0
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_distinct_2_counts_pairs_of_responses_only():
+    repeated = ROLLOUT._replace(
+        sequences=torch.tensor([[1, 5, 5, 5, 5], [1, 5, 5, 0, 0]]),
+        prompt_lengths=torch.tensor([1, 1]),
+        response_mask=torch.tensor([[True] * 4, [True, True, False, False]]),
+    )
+    assert distinct_2(repeated) == 0.25  # (5 5) three times, and once
+    assert distinct_2(ROLLOUT) == 1.0  # (5 6), (6 5)
+    assert distinct_2(ROLLOUT._replace(response_mask=ROLLOUT.response_mask & (torch.arange(3) < 1))) == 0.0

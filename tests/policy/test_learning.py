@@ -1,0 +1,314 @@
+"""PPO's update: targets by hand, one gradient whatever the microbatches, clipping, entropy, and what is left alone."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.learning import Learner, Targets, make_targets
+from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
+from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.tensors import identity, pad_ragged
+
+PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [3, 2], [3, 8, 4], [6])]
+
+
+def make_learner(actor_critic, **options):
+    settings = PPOSettings(**{"actor_lr": 1e-2, "critic_lr": 1e-2, "minibatch_size": 8, "epochs": 1, **options})
+    return Learner(actor_critic, Accelerator(cpu=True), **settings.learner_arguments())
+
+
+def experience(actor_critic, *, budget=5, seed=0):
+    """A rollout of ragged prompts and responses, and targets that differ from token to token."""
+    prompts, mask = pad_ragged(PROMPTS)
+    generator = torch.Generator().manual_seed(seed)
+    rollout = collect_rollout(
+        actor_critic, prompts, mask, max_new_tokens=torch.arange(8) % budget + 1, temperature=1.0, eos_token=7,
+        generator=generator, max_batch_size=8, max_batch_tokens=9999,
+    )  # fmt: skip
+    scores = torch.randn(8, generator=generator)
+    return rollout, make_targets(rollout, scores, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
+
+
+def update(learner, rollout, targets, seed=0):
+    return learner.update(rollout, targets, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(actor_critic):
+    trained = actor_critic.actor_parameters() | actor_critic.critic_parameters()
+    return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def hand_made_rollout(logprobs, ref_logprobs, values, mask):
+    rows, steps = mask.shape
+    return Rollout(
+        torch.zeros(rows, steps + 1, dtype=torch.long), torch.ones(rows, dtype=torch.long), mask, logprobs,
+        ref_logprobs, values, logprobs, torch.ones(rows, dtype=torch.bool), 1.0, None, None,
+    )  # fmt: skip
+
+
+def test_targets_are_those_worked_by_hand():
+    mask = torch.tensor([[True, True, True, False]])
+    rollout = hand_made_rollout(
+        torch.tensor([[-1.0, -0.5, -2.0, 9.0]], dtype=torch.float64),
+        torch.tensor([[-1.2, -0.4, -1.5, 1.0]], dtype=torch.float64),
+        torch.tensor([[0.3, 0.4, 0.6, 5.0]], dtype=torch.float64), mask,
+    )  # fmt: skip
+    scores = torch.tensor([1.0], dtype=torch.float64)
+    targets = make_targets(rollout, scores, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
+    expected = {
+        "rewards": [-0.01, 0.005, 1.025, 0.0],
+        "kl": [0.2, -0.1, -0.5, 0.0],
+        "returns": [0.9683125, 1.00875, 1.025, 0.0],
+        "advantages": [0.974924383, 0.399747162, -1.374671545, 0.0],
+    }
+    for name, numbers in expected.items():
+        found = getattr(targets, name)[0].double()
+        torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+def test_targets_carry_no_gradient_and_feel_the_kl_token_by_token():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    logprobs = torch.full((2, 3), -1.0, requires_grad=True)
+    ref_logprobs = torch.full((2, 3), -1.0)
+    shifted = ref_logprobs.clone()
+    shifted[0, 1] = -3.0
+    values = torch.zeros(2, 3, requires_grad=True)
+    plain, priced = (
+        make_targets(
+            hand_made_rollout(logprobs, ref, values, mask), torch.tensor([1.0, 0.0]), kl_coef=0.5, gamma=1.0,
+            gae_lambda=1.0, reduce=identity,
+        )
+        for ref in (ref_logprobs, shifted)
+    )  # fmt: skip
+    assert not any(tensor.requires_grad for tensor in priced)
+    assert priced.rewards[0, 1] == -1.0
+    assert priced.returns.tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    assert plain.returns.tolist() == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_whitening_is_over_the_rollout_so_that_a_minibatch_of_one_still_learns(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    counted = targets.advantages[rollout.response_mask]
+    assert abs(float(counted.mean())) < 1e-5 and float(counted.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
+    single = [row for row in range(8) if rollout.lengths[row] == 1]
+    assert single and all(targets.advantages[row].abs().max() > 0.01 for row in single)
+    before = weights(actor_critic)
+    metrics = update(make_learner(actor_critic, minibatch_size=1), rollout, targets)
+    assert metrics["policy/grad_norm"] > 0.01
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(actor_critic).items())
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("max_batch_size", [1, 3, 4])
+def test_microbatches_change_nothing(make_palm, move, lora, max_batch_size):
+    """Eight of one row, or four of two, give the step that one batch of eight gives."""
+    results = []
+    for size in (8, max_batch_size):
+        actor_critic = move(ActorCritic(make_palm(), actor_lora=lora, critic_lora=lora))
+        rollout, targets = experience(actor_critic)
+        learner = make_learner(
+            actor_critic, max_batch_size=size, epochs=2, entropy_coef=0.1, dual_clip=3.0, max_norm=0.1
+        )
+        results.append((update(learner, rollout, targets), weights(actor_critic)))
+    (metrics, whole), (other_metrics, parts) = results
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=0)  # steps are of size .01
+    for name, value in metrics.items():
+        assert other_metrics[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_eight_times_one_and_two_times_four_give_the_same_gradient(make_palm, move, lora, monkeypatch):
+    gradients = []
+    for size in (1, 4, 8):
+        actor_critic = move(ActorCritic(make_palm(), actor_lora=lora, critic_lora=lora))
+        rollout, targets = experience(actor_critic)
+        learner = make_learner(actor_critic, max_batch_size=size, max_norm=None)
+        trained = actor_critic.actor_parameters() | actor_critic.critic_parameters()
+        monkeypatch.setattr(
+            learner.optimizer, "step", lambda kept=trained: gradients.append([p.grad.clone() for p in kept.values()])
+        )
+        update(learner, rollout, targets)
+    for other in gradients[:2]:
+        for found, expected in zip(other, gradients[2], strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_padding_and_its_targets_reach_no_weight(make_palm, move):
+    results = []
+    for noise in (0.0, 100.0):
+        actor_critic = move(ActorCritic(make_palm()))
+        rollout, targets = experience(actor_critic)
+        outside = ~rollout.response_mask
+        assert outside.any()
+        poisoned = [tensor + noise * outside for tensor in targets]
+        rollout = rollout._replace(
+            sequences=torch.where(rollout.mask, rollout.sequences, int(noise > 0)),
+            logprobs=rollout.logprobs + noise * outside, values=rollout.values - noise * outside,
+        )  # fmt: skip
+        results.append((update(make_learner(actor_critic), rollout, Targets(*poisoned)), weights(actor_critic)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(tensor, results[1][1][name]) for name, tensor in results[0][1].items())
+
+
+def test_first_step_starts_at_ratio_one_and_changes_the_weights(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    before = weights(actor_critic)
+    metrics = update(make_learner(actor_critic), rollout, targets)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["policy/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["policy/clipped_fraction"] == 0.0
+    assert metrics["policy/loss"] == pytest.approx(0.0, abs=1e-4)  # minus the mean of whitened advantages
+    changed = {name for name, tensor in weights(actor_critic).items() if not torch.equal(tensor, before[name])}
+    assert changed == before.keys()
+
+
+def test_metrics_are_means_over_tokens_and_optimizer_steps(make_palm, move):
+    """With learning rates of 0 every step sees the same weights, so each figure can be had from one pass."""
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    learner = make_learner(actor_critic, actor_lr=0.0, critic_lr=0.0, minibatch_size=8, max_batch_size=3, epochs=3)
+    metrics = update(learner, rollout, targets)
+    mask = rollout.response_mask
+    with torch.no_grad():
+        out = actor_critic(rollout.sequences, rollout.prompt_lengths, mask.shape[1])
+    error = (out.values - targets.returns)[mask].square().mean()
+    assert metrics["policy/entropy"] == pytest.approx(float(out.entropy[mask].mean()), abs=1e-5)
+    assert metrics["value/error"] == pytest.approx(float(error), rel=1e-4)
+    assert metrics["value/loss"] == pytest.approx(float(error) / 2, rel=1e-4)
+    assert metrics["policy/lr"] == metrics["value/lr"] == 0.0
+    assert learner.steps == 3
+
+
+def test_ratio_max_is_the_largest_of_all_steps(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    shifted = rollout.logprobs.clone()
+    shifted[3, 0] -= math.log(5.0)  # one token whose probability has grown five-fold
+    learner = make_learner(actor_critic, actor_lr=0.0, minibatch_size=2, max_batch_size=1, epochs=2)
+    metrics = update(learner, rollout._replace(logprobs=shifted), targets)
+    assert metrics["policy/ratio_max"] == pytest.approx(5.0, rel=1e-3)
+    assert 1.0 < metrics["policy/ratio_mean"] < 2.0
+
+
+def test_order_of_rows_follows_the_generator(make_palm, move):
+    results = []
+    for seed in (0, 0, 1):
+        actor_critic = move(ActorCritic(make_palm()))
+        rollout, targets = experience(actor_critic)
+        update(make_learner(actor_critic, minibatch_size=2), rollout, targets, seed)
+        results.append(weights(actor_critic))
+    name = next(iter(results[0]))
+    assert torch.equal(results[0][name], results[1][name])
+    assert not torch.equal(results[0][name], results[2][name])
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, None])
+def test_gradients_of_actor_and_critic_are_clipped_apart(make_palm, move, max_norm):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    learner = make_learner(actor_critic, max_norm=max_norm)
+    seen = []
+
+    def look(*_):
+        for parameters in (learner.actor, learner.critic):
+            seen.append(float(torch.stack([p.grad.norm() for p in parameters.values()]).norm()))
+
+    learner.optimizer.optimizer.register_step_pre_hook(look)
+    metrics = update(learner, rollout, targets)
+    found = [metrics["policy/grad_norm"], metrics["value/grad_norm"]]
+    assert min(found) > 1e-2 and found[0] != found[1]
+    expected = found if max_norm is None else [max_norm, max_norm]
+    assert seen == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("hat", ["actor", "critic"])
+def test_learning_rates_of_actor_and_critic_are_their_own(make_palm, move, hat):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    before = weights(actor_critic)
+    metrics = update(make_learner(actor_critic, **{f"{hat}_lr": 0.0}), rollout, targets)
+    still = getattr(actor_critic, f"{hat}_parameters")()
+    for name, tensor in weights(actor_critic).items():
+        assert torch.equal(tensor, before[name]) == (name in still)
+    lrs = {"actor": metrics["policy/lr"], "critic": metrics["value/lr"]}
+    assert lrs.pop(hat) == 0.0 and list(lrs.values()) == [1e-2]
+
+
+def test_entropy_bonus_raises_entropy(make_palm, move):
+    entropies = []
+    for coef in (0.0, 1.0, -1.0):
+        actor_critic = move(ActorCritic(make_palm()))
+        rollout, targets = experience(actor_critic)
+        metrics = update(make_learner(actor_critic, entropy_coef=coef, epochs=10), rollout, targets)
+        out = actor_critic(rollout.sequences, rollout.prompt_lengths, rollout.response_mask.shape[1])
+        entropies.append(float(out.entropy.detach()[rollout.response_mask].mean()))
+        assert metrics["policy/entropy"] > 0
+    none, bonus, malus = entropies
+    assert bonus > none + 0.1 and malus < none - 0.1
+
+
+def test_values_reach_returns_of_any_size(make_palm):
+    actor_critic = ActorCritic(make_palm())
+    rollout, targets = experience(actor_critic)
+    far = targets._replace(returns=torch.where(rollout.response_mask, -40.0, 0.0))
+    learner = make_learner(actor_critic, critic_lr=1.0, value_clip=None, epochs=60)
+    update(learner, rollout, far)
+    out = actor_critic(rollout.sequences, rollout.prompt_lengths, rollout.response_mask.shape[1])
+    assert out.values[rollout.response_mask].mean() < -30
+
+
+def test_frozen_weights_keep_their_bits_and_collect_no_gradient(make_palm):
+    palm = make_palm()
+    before = {name: p.detach().clone() for name, p in palm.named_parameters()}
+    actor_critic = ActorCritic(palm, critic_lora=False, critic_last_layers=1)
+    rollout, targets = experience(actor_critic)
+    update(make_learner(actor_critic, epochs=3, actor_wd=0.1, critic_wd=0.1), rollout, targets)
+    for name, parameter in actor_critic.palm.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+    assert all(torch.equal(p, before[name]) for name, p in palm.named_parameters())
+    assert all(p.grad is None for p in actor_critic.parameters())
+
+
+def test_gradient_that_is_not_finite_changes_no_weight(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    before = weights(actor_critic)
+    learner = make_learner(actor_critic)
+    broken = targets._replace(returns=targets.returns + float("inf"))
+    with pytest.raises(FloatingPointError, match=r"optimizer step 1\b"):
+        update(learner, rollout, broken)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(actor_critic).items())
+    update(learner, rollout, targets)  # and nothing of it is left behind
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(actor_critic).values())
+
+
+def test_dropout_while_learning_follows_the_generator_and_leaves_global_state(make_palm, move):
+    results = []
+    for global_seed in (1, 2):
+        actor_critic = move(ActorCritic(make_palm(), actor_dropout=0.3, critic_dropout=0.3))
+        rollout, targets = experience(actor_critic)
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        metrics = update(make_learner(actor_critic), rollout, targets)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert metrics["policy/ratio_max"] > 1.001
+        results.append(weights(actor_critic))
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_another_trainers_accumulation_does_not_swallow_the_step(make_palm, move):
+    """Accelerate keeps "gradients are in step" for the whole process; a loop left half-way says no."""
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    learner = make_learner(actor_critic)
+    learner.accelerator.sync_gradients = False
+    before = weights(actor_critic)
+    update(learner, rollout, targets)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(actor_critic).items())

@@ -1,0 +1,206 @@
+"""Rollouts: one record a token, aligned and masked, whose ratio is 1 before the first optimizer step."""
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
+from palm_rlhf_pytorch.tensors import logprobs_of, pad_ragged
+
+EOS = 7
+PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [3, 2], [3, 8, 4], [6])]
+
+
+def collect(actor_critic, *, rows=8, left=False, budget=6, temperature=1.0, eos_token=EOS, batch=64, seed=0):
+    prompts, mask = pad_ragged(PROMPTS[:rows], left=left)
+    budgets = budget if isinstance(budget, torch.Tensor) else torch.full((rows,), budget)
+    return collect_rollout(
+        actor_critic, prompts, mask, max_new_tokens=budgets, temperature=temperature, eos_token=eos_token,
+        generator=torch.Generator().manual_seed(seed), max_batch_size=batch, max_batch_tokens=9999,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_ratio_is_one_before_the_first_step(make_palm, move, lora, left, rows, temperature, flash_attn):
+    palm = make_palm(attn_dropout=0.3, ff_dropout=0.3, flash_attn=flash_attn)
+    actor_critic = move(ActorCritic(palm, actor_lora=lora, critic_lora=lora)).train()
+    rollout = collect(actor_critic, rows=rows, left=left, temperature=temperature)
+    assert (rollout.logprobs - rollout.ref_logprobs).abs().max() > 0.05
+    assert (rollout.logprobs - rollout.sampler_logprobs).abs().max() < 1e-4  # cached, one token a step
+    for part in (rollout, rollout.select(torch.arange(rows).flip(0)), rollout.select(torch.tensor([rows - 1]))):
+        steps = part.response_mask.shape[1]
+        out = actor_critic(part.sequences, part.prompt_lengths, steps, temperature=temperature)
+        ratio = ((out.logprobs - part.logprobs) * part.response_mask).exp()
+        assert (ratio - 1).abs().max() < 1e-4
+        assert ((out.values - part.values) * part.response_mask).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_to_the_reference_is_exactly_zero_before_training(make_palm, lora, temperature):
+    rollout = collect(ActorCritic(make_palm(), actor_lora=lora, critic_lora=lora), temperature=temperature)
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+
+
+def test_every_number_belongs_to_its_token(make_palm, move):
+    palm = make_palm()
+    actor_critic = move(ActorCritic(palm))
+    better = actor_critic.export_palm()
+    rollout = collect(actor_critic, temperature=0.7)
+    for row, prompt in enumerate(PROMPTS):
+        length = int(rollout.lengths[row])
+        whole = rollout.sequences[row, : len(prompt) + length]
+        assert torch.equal(whole[: len(prompt)], prompt)
+        for model, found in ((better, rollout.logprobs), (palm, rollout.ref_logprobs)):
+            logits = model(whole[None])[0, len(prompt) - 1 : -1]
+            expected = logprobs_of(logits, whole[len(prompt) :], temperature=0.7)
+            torch.testing.assert_close(found[row, :length], expected, atol=1e-4, rtol=0)
+            assert not found[row, length:].any()
+
+
+def test_masks_tell_prompt_from_response_from_padding(make_palm):
+    rollout = collect(ActorCritic(make_palm()))
+    assert rollout.prompt_lengths.tolist() == [len(prompt) for prompt in PROMPTS]
+    assert torch.equal(rollout.prompt_mask.sum(-1), rollout.prompt_lengths)
+    assert torch.equal((rollout.mask & ~rollout.prompt_mask).sum(-1), rollout.lengths)
+    assert int(rollout.mask.sum(-1).max()) == rollout.sequences.shape[1]
+    assert int(rollout.lengths.max()) == rollout.response_mask.shape[1]
+    assert not rollout.sequences[~rollout.mask].any()
+    assert not rollout.response_mask.int().diff(dim=-1).gt(0).any()  # True places come first
+
+
+def test_response_stops_at_its_own_eos_never_at_the_prompts(make_palm):
+    palm = make_palm()
+    prompts = [torch.tensor([EOS, EOS, 3]), torch.tensor([EOS])]
+    ids, mask = pad_ragged(prompts)
+    rollouts = [
+        collect_rollout(
+            ActorCritic(palm), ids, mask, max_new_tokens=torch.tensor([9, 9]), temperature=1.5, eos_token=EOS,
+            generator=torch.Generator().manual_seed(seed), max_batch_size=2, max_batch_tokens=9999,
+        )
+        for seed in range(30)
+    ]  # fmt: skip
+    lengths = torch.cat([rollout.lengths for rollout in rollouts])
+    assert lengths.max() == 9 and lengths.min() < 9
+    for rollout in rollouts:
+        for row, prompt in enumerate(prompts):
+            response = rollout.sequences[row, len(prompt) :][: int(rollout.lengths[row])].tolist()
+            assert EOS not in response[:-1]
+            assert (response[-1] == EOS) == bool(rollout.ended[row])
+            assert bool(rollout.ended[row]) or len(response) == 9
+
+
+def test_each_row_keeps_its_own_budget(make_palm):
+    budget = torch.tensor([1, 6, 5, 4, 3, 5, 2, 6])
+    rollout = collect(ActorCritic(make_palm()), budget=budget, eos_token=None)
+    assert torch.equal(rollout.lengths, budget)
+    assert not rollout.ended.any()
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_wider_padding_changes_nothing(make_palm, move, left):
+    actor_critic = move(ActorCritic(make_palm()))
+    narrow, mask = pad_ragged(PROMPTS, left=left)
+    pad = (4, 0) if left else (0, 4)
+    wide, wide_mask = (torch.nn.functional.pad(tensor, pad) for tensor in (narrow, mask))
+    rollouts = [
+        collect_rollout(
+            actor_critic, ids, real, max_new_tokens=torch.full((8,), 5), temperature=1.0, eos_token=EOS,
+            generator=torch.Generator().manual_seed(0), max_batch_size=8, max_batch_tokens=9999,
+        )
+        for ids, real in ((narrow, mask), (wide, wide_mask))
+    ]  # fmt: skip
+    for first, second in zip(rollouts[0][:8], rollouts[1][:8], strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
+def test_sampled_tokens_follow_the_distribution_that_is_stored(make_palm):
+    palm = make_palm(num_tokens=5, depth=1)
+    ids = torch.full((4000, 1), 2)
+    rollout = collect_rollout(
+        ActorCritic(palm), ids, torch.ones_like(ids, dtype=torch.bool), max_new_tokens=torch.ones(4000).long(),
+        temperature=0.7, eos_token=None, generator=torch.Generator().manual_seed(0), max_batch_size=4000, max_batch_tokens=9999,
+    )  # fmt: skip
+    counts = torch.bincount(rollout.sequences[:, 1], minlength=5) / 4000
+    expected = (palm(torch.tensor([[2]]))[0, 0] / 0.7).softmax(dim=-1)
+    assert (counts - expected).abs().max() < 0.03  # deviation of a share is at most .008
+    stored = torch.zeros(5).scatter(0, rollout.sequences[:, 1], rollout.logprobs[:, 0].exp())
+    torch.testing.assert_close(stored, expected.detach(), atol=1e-5, rtol=0)
+
+
+def test_rollout_keeps_a_number_a_token_and_nothing_of_the_vocabularys_size(make_palm):
+    rollout = collect(ActorCritic(make_palm(num_tokens=997)), eos_token=None)
+    held = sum(value.numel() for value in rollout if isinstance(value, torch.Tensor))
+    rows, tokens, steps = 8, rollout.sequences.shape[1], 6
+    assert held == rows * tokens + 5 * rows * steps + 2 * rows
+
+
+def test_responses_are_sampled_in_batches_over_a_cache(make_palm, monkeypatch):
+    passes, read_out = [], []
+    embed, to_logits = PaLM.embed, PaLM.to_logits
+    monkeypatch.setattr(
+        PaLM, "embed", lambda self, seq, **kw: passes.append(tuple(seq.shape)) or embed(self, seq, **kw)
+    )
+    monkeypatch.setattr(PaLM, "to_logits", lambda self, x: read_out.append(tuple(x.shape)) or to_logits(self, x))
+    collect(ActorCritic(make_palm()), eos_token=None, batch=3)
+    # batches of 3, 3 and 2: prompts once, five steps of a token, then actor, critic and reference over all tokens
+    prompts = [(3, 5), (3, 4), (2, 3)]
+    assert passes == [
+        shape for rows, longest in prompts for shape in [(rows, longest)] + [(rows, 1)] * 5 + [(rows, longest + 6)] * 3
+    ]
+    assert read_out == [(rows, 12) for rows, _ in prompts for _ in range(6)]  # the last place only
+
+
+def test_batches_of_unequal_length_are_joined(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout = collect(actor_critic, budget=torch.tensor([1, 2, 3, 4, 5, 6, 2, 3]), eos_token=None, batch=3)
+    assert rollout.lengths.tolist() == [1, 2, 3, 4, 5, 6, 2, 3]
+    assert rollout.sequences.shape == (8, 9) and rollout.logprobs.shape == (8, 6)
+    out = actor_critic(rollout.sequences, rollout.prompt_lengths, 6)
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.logprobs, out.logprobs * mask, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.values, out.values * mask, atol=1e-5, rtol=0)
+    reference = actor_critic.reference_logprobs(rollout.sequences, rollout.prompt_lengths, 6)
+    torch.testing.assert_close(rollout.ref_logprobs, reference * mask, atol=1e-5, rtol=0)
+
+
+def test_selected_rows_are_trimmed_to_the_longest_of_them():
+    rollout = Rollout(
+        sequences=torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]),
+        prompt_lengths=torch.tensor([2, 1]),
+        response_mask=torch.tensor([[True, True, True], [True, True, False]]),
+        logprobs=torch.tensor([[1.0, 2, 3], [4, 5, 0]]),
+        ref_logprobs=torch.tensor([[1.5, 2, 3], [4, 5, 0]]),
+        values=torch.tensor([[10.0, 20, 30], [40, 50, 0]]),
+        sampler_logprobs=torch.tensor([[1.0, 2, 3], [4, 5, 0]]),
+        ended=torch.tensor([False, True]),
+        temperature=0.7,
+        eos_token=8,
+        scores=torch.tensor([0.5, -0.5]),
+    )
+    part = rollout.select(torch.tensor([1]))
+    assert part.sequences.tolist() == [[6, 7, 8]]
+    assert part.values.tolist() == [[40, 50]] and part.response_mask.tolist() == [[True, True]]
+    assert part.scores.tolist() == [-0.5] and part.ended.tolist() == [True]
+    assert part.temperature == 0.7 and part.eos_token == 8
+
+
+def test_mode_comes_back_even_after_an_error(make_palm):
+    actor_critic = ActorCritic(make_palm())
+    collect(actor_critic.train())
+    assert actor_critic.training and actor_critic.critic.training
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        collect(actor_critic, budget=0)
+    assert actor_critic.training
+    collect(actor_critic.eval())
+    assert not actor_critic.training
+
+
+def test_no_gradient_is_kept(make_palm):
+    rollout = collect(ActorCritic(make_palm()))
+    assert not any(value.requires_grad for value in rollout if isinstance(value, torch.Tensor))

@@ -1,0 +1,101 @@
+"""The README's snippets run as printed: at reduced sizes, and once with their printed shapes and one update."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch import PaLM, RewardModel
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+LANGUAGE_MODEL, REWARD_MODEL, TRAINER, JUDGE, OWN_LOOP = SNIPPETS
+
+SMALL = {
+    "num_tokens = 20000": "num_tokens = 300",
+    "(0, 20000,": "(0, 300,",
+    "dim = 512": "dim = 24",
+    "depth = 12": "depth = 2",
+    "2048": "40",
+    "1024": "19",
+    "(50000, 512)": "(70, 31)",
+    "num_episodes = 50000": "num_episodes = 70, max_seq_len = 40",
+    "max_seq_len = 256": "max_seq_len = 40",
+}
+ONE_UPDATE = {"num_episodes = 50000": "num_episodes = 1"}
+
+
+def run(snippet, changes, **names):
+    for printed, reduced in changes.items():
+        snippet = snippet.replace(printed, reduced)
+    exec(compile(snippet, "README.md", "exec"), names)
+    return names
+
+
+def write_files(**sizes):
+    """The two files that the third snippet loads: a causal PaLM, and the second snippet's non-causal reward model."""
+    torch.manual_seed(0)
+    PaLM(**sizes).save("path/to/pretrained/palm.pt")
+    judge = RewardModel(PaLM(causal=False, **sizes), num_binned_output=5)
+    torch.nn.init.normal_(judge.head.weight)
+    judge.save("path/to/pretrained/reward_model.pt")
+    return judge.eval()
+
+
+def test_readme_has_the_two_commands():
+    text = README.read_text(encoding="utf-8")
+    assert "pip install -e . && palm-rlhf demo" in text
+    assert 'pip install -e ".[test]" && pytest' in text
+    assert ".cuda()" not in text
+
+
+def test_language_model_snippet_runs_when_reduced():
+    names = run(LANGUAGE_MODEL, SMALL)
+    assert names["generated"].shape == (1, 40)
+    assert all(parameter.grad is not None for parameter in names["palm"].parameters())
+
+
+def test_reward_model_snippet_runs_when_reduced():
+    names = run(REWARD_MODEL, SMALL)
+    assert names["reward"].shape == (1,)
+    assert 0 <= names["reward"].item() <= 4
+
+
+@pytest.mark.filterwarnings("ignore:.*trunk:UserWarning")
+def test_trainer_snippet_runs_when_reduced_and_keeps_the_trained_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = write_files(num_tokens=300, dim=24, depth=2)
+    names = run(TRAINER, SMALL)
+    assert names["trainer"].episodes == 70
+    answer, prompts = names["answer"], names["prompts"]
+    assert 31 < len(answer) <= 40
+    assert torch.equal(answer[:31], prompts[0])
+    seq = torch.randint(0, 300, (3, 11), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(names["reward_model"].eval()(seq), saved(seq), atol=1e-5, rtol=0)
+    own = run(JUDGE, {})["judge"](seq, torch.zeros_like(seq, dtype=torch.bool), torch.ones_like(seq, dtype=torch.bool))
+    assert own.tolist() == [float((row == 7).sum()) for row in seq]
+    loop = run(OWN_LOOP, SMALL, trainer=names["trainer"])
+    assert loop["trainer"].episodes == 134
+
+
+@pytest.mark.slow
+def test_language_model_snippet_runs_with_its_printed_shapes():
+    names = run(LANGUAGE_MODEL, {})
+    assert names["generated"].shape == (1, 2048)
+    assert abs(float(names["loss"]) - 9.903) < 0.1  # ln 20000
+
+
+@pytest.mark.slow
+def test_reward_model_snippet_runs_with_its_printed_shapes():
+    assert run(REWARD_MODEL, {})["reward"].shape == (1,)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*trunk:UserWarning")
+def test_trainer_snippet_runs_with_its_printed_shapes_and_one_update(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files(num_tokens=20000, dim=512, depth=12)
+    names = run(TRAINER, ONE_UPDATE)
+    assert names["trainer"].episodes == names["trainer"].updates == 1
+    assert len(names["answer"]) == 2048
