@@ -103,16 +103,14 @@ def test_whitening_is_over_the_rollout_so_that_a_minibatch_of_one_still_learns(m
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("max_batch_size", [1, 3, 4])
-def test_microbatches_change_nothing(make_palm, move, lora, max_batch_size):
-    """Eight of one row, or four of two, give the step that one batch of eight gives."""
+@pytest.mark.parametrize("limits", [{"max_batch_size": 1}, {"max_batch_size": 3}, {"max_batch_tokens": 17}])
+def test_microbatches_change_nothing(make_palm, move, lora, limits):
+    """Eight of one row, or parts of three or of 17 tokens, give the step that one batch of eight gives."""
     results = []
-    for size in (8, max_batch_size):
+    for size in ({}, limits):
         actor_critic = move(ActorCritic(make_palm(), actor_lora=lora, critic_lora=lora))
         rollout, targets = experience(actor_critic)
-        learner = make_learner(
-            actor_critic, max_batch_size=size, epochs=2, entropy_coef=0.1, dual_clip=3.0, max_norm=0.1
-        )
+        learner = make_learner(actor_critic, **size, epochs=2, entropy_coef=0.1, dual_clip=3.0, max_norm=0.1)
         results.append((update(learner, rollout, targets), weights(actor_critic)))
     (metrics, whole), (other_metrics, parts) = results
     for name, tensor in whole.items():

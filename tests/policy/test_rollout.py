@@ -12,12 +12,14 @@ EOS = 7
 PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [3, 2], [3, 8, 4], [6])]
 
 
-def collect(actor_critic, *, rows=8, left=False, budget=6, temperature=1.0, eos_token=EOS, batch=64, seed=0):
+def collect(
+    actor_critic, *, rows=8, left=False, budget=6, temperature=1.0, eos_token=EOS, batch=64, tokens=9999, seed=0
+):
     prompts, mask = pad_ragged(PROMPTS[:rows], left=left)
     budgets = budget if isinstance(budget, torch.Tensor) else torch.full((rows,), budget)
     return collect_rollout(
         actor_critic, prompts, mask, max_new_tokens=budgets, temperature=temperature, eos_token=eos_token,
-        generator=torch.Generator().manual_seed(seed), max_batch_size=batch, max_batch_tokens=9999,
+        generator=torch.Generator().manual_seed(seed), max_batch_size=batch, max_batch_tokens=tokens,
     )  # fmt: skip
 
 
@@ -124,7 +126,8 @@ def test_sampled_tokens_follow_the_distribution_that_is_stored(make_palm):
     ids = torch.full((4000, 1), 2)
     rollout = collect_rollout(
         ActorCritic(palm), ids, torch.ones_like(ids, dtype=torch.bool), max_new_tokens=torch.ones(4000).long(),
-        temperature=0.7, eos_token=None, generator=torch.Generator().manual_seed(0), max_batch_size=4000, max_batch_tokens=9999,
+        temperature=0.7, eos_token=None, generator=torch.Generator().manual_seed(0), max_batch_size=4000,
+        max_batch_tokens=9999,
     )  # fmt: skip
     counts = torch.bincount(rollout.sequences[:, 1], minlength=5) / 4000
     expected = (palm(torch.tensor([[2]]))[0, 0] / 0.7).softmax(dim=-1)
@@ -154,6 +157,23 @@ def test_responses_are_sampled_in_batches_over_a_cache(make_palm, monkeypatch):
         shape for rows, longest in prompts for shape in [(rows, longest)] + [(rows, 1)] * 5 + [(rows, longest + 6)] * 3
     ]
     assert read_out == [(rows, 12) for rows, _ in prompts for _ in range(6)]  # the last place only
+
+
+def test_sequences_are_read_in_passes_of_few_tokens_with_the_same_result(make_palm, move, monkeypatch):
+    actor_critic = move(ActorCritic(make_palm()))
+    whole = collect(actor_critic)
+    passes = []
+    embed = PaLM.embed
+
+    def counted(self, seq, **options):
+        passes.append((options.get("cache"), seq.numel()))
+        return embed(self, seq, **options)
+
+    monkeypatch.setattr(PaLM, "embed", counted)
+    split = collect(actor_critic, tokens=20)
+    assert max(size for cache, size in passes if cache is None) <= 20
+    for first, second in zip(whole[:8], split[:8], strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
 
 
 def test_batches_of_unequal_length_are_joined(make_palm, move):

@@ -48,6 +48,17 @@ def test_reward_model_judges_by_its_masks(make_palm):
     torch.testing.assert_close(scores_of(reward_model, 2), expected, atol=1e-5, rtol=0)
 
 
+def test_judge_reads_no_more_tokens_at_once_than_allowed():
+    seen = []
+
+    def judge(sequences, **masks):
+        seen.append(tuple(sequences.shape))
+        return sequences[:, 0].float()
+
+    scores = judge_sequences(judge, SEQUENCES, PROMPT_MASK, MASK, max_batch_size=8, max_batch_tokens=11, where="here")
+    assert scores.tolist() == [7.0, 7.0, 3.0] and seen == [(2, 5), (1, 5)]
+
+
 class Noisy(nn.Module):
     """A judge that says how it was called."""
 

@@ -17,7 +17,8 @@ from palm_rlhf_pytorch.policy.settings import PPOSettings, check_rollout_argumen
         ("betas", (0.9, math.nan)), ("max_norm", 0.0), ("eps_clip", 0.0), ("eps_clip", 1.0), ("dual_clip", 1.0),
         ("value_clip", 0.0), ("gamma", 1.1), ("gae_lambda", -0.1), ("kl_coef", -0.05), ("kl_horizon", 0),
         ("target_kl_nats_per_response", 0.0), ("missing_eos_penalty", -1.0), ("missing_eos_score", math.nan),
-        ("entropy_coef", math.inf), ("epochs", 0), ("minibatch_size", 0), ("max_batch_size", -3), ("max_batch_tokens", 0),
+        ("entropy_coef", math.inf), ("epochs", 0), ("minibatch_size", 0), ("max_batch_size", -3),
+        ("max_batch_tokens", 0),
     ],
 )  # fmt: skip
 def test_setting_out_of_range_is_named(name, value):
