@@ -56,7 +56,7 @@ class Plan:
     reward_batch_size: int = 32
     reward_lr: float = 1e-3
     max_new_tokens: int = 64
-    ppo_episodes: int = 3_840
+    ppo_episodes: int = 2_560
     ppo_update: int = 128
 
     def quick(self) -> "Plan":
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     text = demo_text(python_documentation(max_bytes=plan.max_bytes), held_out=plan.held_out, seed=args.seed)
     prompts = split_prompts(text, plan, seed=args.seed)
     print(
-        f"text: {len(text.train)} paragraphs to train on, {len(text.held_out)} held out, {len(text.words)} known words;"
+        f"text: {len(text.train)} documents to train on, {len(text.held_out)} held out, {len(text.words)} known words;"
         f" {len(prompts.learn)} prompts to learn from, {len(prompts.test)} to compare on"
     )
     palm, bpb = pretrain(text, plan, device=device, seed=args.seed, out=out)
@@ -144,8 +144,8 @@ def pretrain(text: DemoText, plan: Plan, *, device: torch.device, seed: int, out
         flash_attn=True,
     ).to(device)  # fmt: skip
     train, held_out = (
-        torch.cat([TOKENIZER.encode(paragraph, bos=True, eos=True) for paragraph in paragraphs])
-        for paragraphs in (text.train, text.held_out)
+        torch.cat([TOKENIZER.encode(document, eos=True) for document in documents])
+        for documents in (text.train, text.held_out)
     )
     before = bits_per_byte(palm, held_out, length=plan.length)
     stream = TokenStream(train, length=plan.length, batch_size=plan.batch_size, seed=seed)
@@ -201,7 +201,11 @@ def train_reward_model(
 
 
 def sample_pairs(palm: PaLM, text: DemoText, prompts: Sequence[str], plan: Plan, *, seed: int) -> list[Pair]:
-    """Two responses to each prompt, in the gold judge's order; prompts whose two it holds equal give no pair."""
+    """Two responses to each prompt, in the gold judge's order.
+
+    Two that it holds equal give no pair; nor do two of unequal length, from which a judge would learn that a short
+    answer is the easiest good one.
+    """
     chance = random.Random(seed)
     generator = torch.Generator(palm.token_emb.weight.device).manual_seed(seed)
     pairs: list[Pair] = []
@@ -215,10 +219,11 @@ def sample_pairs(palm: PaLM, text: DemoText, prompts: Sequence[str], plan: Plan,
                 first, second = (
                     gold_score(found.texts[index], text.words, ended=bool(found.ended[index])) for found in two
                 )
-                if abs(first - second) < 0.1:
+                lengths = sorted(len(found.ids[index]) for found in two)
+                if abs(first - second) < 0.1 or lengths[0] < 0.9 * lengths[1]:
                     continue
                 chosen, rejected = (two[0], two[1]) if first > second else (two[1], two[0])
-                ids = TOKENIZER.encode(prompt, bos=True)
+                ids = TOKENIZER.encode(prompt)
                 pairs.append(Pair(torch.cat((ids, chosen.ids[index])), torch.cat((ids, rejected.ids[index])), len(ids)))
             bar.update(min(len(pairs), plan.num_pairs) - bar.n)
     return pairs[: plan.num_pairs]
@@ -260,7 +265,7 @@ def improve(palm: PaLM, reward_model: RewardModel, prompts: Sequence[str], plan:
         palm=palm,
         reward_model=reward_model,
         prompts=prompts,
-        tokenizer=lambda prompt: TOKENIZER.encode(prompt, bos=True),
+        tokenizer=TOKENIZER,
         seed=seed,
         metrics_path=out / "metrics.jsonl",
         accelerate_kwargs={"cpu": palm.token_emb.weight.device.type == "cpu"},
@@ -271,7 +276,8 @@ def improve(palm: PaLM, reward_model: RewardModel, prompts: Sequence[str], plan:
         epochs=2,
         minibatch_size=64,
         max_batch_size=128,
-        missing_eos_penalty=0.3,  # less than the default 1: with so short a limit that would teach to be brief
+        kl_coef=0.1,  # twice the default: the judge has seen a thousand pairs, and holds only near what it has seen
+        missing_eos_penalty=None,  # documents are longer than the limit: an answer need not end within it
     )
     trainer.train(
         plan.ppo_episodes,

@@ -49,7 +49,7 @@ class Sampled:
     ) -> Self:
         """Fill in gold scores, the reward model's scores, and the KL that each response has gathered."""
         self.gold = torch.tensor([gold(text, bool(end)) for text, end in zip(self.texts, self.ended, strict=True)])
-        prompt_ids = [TOKENIZER.encode(prompt, bos=True) for prompt in prompts]
+        prompt_ids = [TOKENIZER.encode(prompt) for prompt in prompts]
         lengths = torch.tensor([len(ids) for ids in prompt_ids])
         device = policy.token_emb.weight.device
         rows = [torch.cat(pair) for pair in zip(prompt_ids, self.ids, strict=True)]
@@ -68,7 +68,7 @@ class Sampled:
 def sample_responses(palm: PaLM, prompts: Sequence[str], *, max_new_tokens: int, generator: torch.Generator) -> Sampled:
     """Sample a response to each prompt at temperature 1."""
     device = palm.token_emb.weight.device
-    ids, mask = pad_ragged([TOKENIZER.encode(prompt, bos=True) for prompt in prompts])
+    ids, mask = pad_ragged([TOKENIZER.encode(prompt) for prompt in prompts])
     out = generate_responses(
         palm, ids.to(device), mask.to(device), max_new_tokens=max_new_tokens, eos_token=TOKENIZER.eos_token,
         generator=generator,

@@ -15,33 +15,40 @@ EDGES = ".,;:!?\"'()"
 
 
 class DemoText(NamedTuple):
-    """Paragraphs to train on, paragraphs held out, and the words that a reader knows."""
+    """Documents to train on, documents held out, and the words that a reader knows."""
 
     train: list[str]
     held_out: list[str]
     words: frozenset[str]
 
 
-def demo_text(paragraphs: Sequence[str], *, held_out: float, seed: int) -> DemoText:
-    """Split paragraphs at random, and collect the words that occur at least three times in all.
+def demo_text(paragraphs: Sequence[str], *, held_out: float, seed: int, document_length: int = 600) -> DemoText:
+    """Join paragraphs into documents, split those at random, and collect the words that occur at least three times.
 
     Args:
-        paragraphs: plain sentences, a paragraph each.
-        held_out: share that is kept from training.
+        paragraphs: plain sentences, a paragraph each; neighbours belong together.
+        held_out: share of the documents that is kept from training.
         seed: of the split.
+        document_length: a document ends with the paragraph that brings it to so many characters.
     """
-    shuffled = random.Random(seed).sample(list(paragraphs), len(paragraphs))
+    documents: list[list[str]] = [[]]
+    for paragraph in paragraphs:
+        documents[-1].append(paragraph)
+        if sum(map(len, documents[-1])) >= document_length:
+            documents.append([])
+    joined = ["\n".join(document) for document in documents if document]
+    shuffled = random.Random(seed).sample(joined, len(joined))
     cut = round(len(shuffled) * held_out)
     counts = Counter(word for paragraph in paragraphs for word in WORD.findall(paragraph.lower()))
     words = frozenset(word for word, count in counts.items() if count >= 3 and (len(word) > 1 or word in "ai"))
     return DemoText(shuffled[cut:], shuffled[:cut], words)
 
 
-def prompts_of(paragraphs: Iterable[str], *, shortest: int, longest: int, seed: int) -> list[str]:
-    """Beginnings of paragraphs, cut after a word at a random length; each with the space that follows."""
+def prompts_of(documents: Iterable[str], *, shortest: int, longest: int, seed: int) -> list[str]:
+    """Beginnings of the documents' paragraphs, cut after a word at a random length, with the space that follows."""
     chance = random.Random(seed)
     prompts = []
-    for paragraph in paragraphs:
+    for paragraph in (paragraph for document in documents for paragraph in document.split("\n")):
         wanted = chance.randint(shortest, longest)
         end = paragraph.rfind(" ", 0, wanted + 1)
         if end >= shortest - 8 and len(paragraph) > end + 16:

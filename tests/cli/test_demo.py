@@ -47,9 +47,10 @@ def test_distinct_2_counts_pairs_of_words_over_all_responses():
 
 def test_demo_text_keeps_held_out_paragraphs_apart_and_words_seen_three_times():
     paragraphs = [f"Rare{number} words are many, words are few." for number in range(20)]
-    text = demo_text(paragraphs, held_out=0.25, seed=3)
-    assert len(text.held_out) == 5
-    assert sorted(text.train + text.held_out) == sorted(paragraphs)
+    text = demo_text(paragraphs, held_out=0.25, seed=3, document_length=50)  # two paragraphs of 37 make a document
+    assert (len(text.train), len(text.held_out)) == (8, 2)
+    kept = [paragraph for document in text.train + text.held_out for paragraph in document.split("\n")]
+    assert sorted(kept) == sorted(paragraphs)
     assert text.words == {"rare", "words", "are", "many", "few"}
 
 
