@@ -115,8 +115,8 @@ class KVCache:
             raise ValueError(f"a cache for {room} tokens that holds {self.filled} cannot take {tokens} more")
         if mask is None:
             mask = self.mask.new_ones(batch, tokens)
-        elif not bool(mask.all()):
-            self.ragged = True
+        elif not self.ragged:  # asking the mask makes a CUDA device wait: once it is known, no more
+            self.ragged = not bool(mask.all())
         self.mask[:, self.filled : self.filled + tokens] = mask
         positions = (self.lengths[:, None] + mask.cumsum(dim=-1) - 1).clamp(min=0)
         self.lengths = self.lengths + mask.sum(dim=-1)

@@ -246,9 +246,11 @@ def check_token_ids(ids: Tensor, num_tokens: int, *, name: str, allow_negative: 
     Asks the device for the extremes, which waits on CUDA: call it where tokens come in from a user, not in a loop.
 
     Raises:
-        TypeError: if ids are not integers.
+        TypeError: if ids are no tensor of integers.
         ValueError: if ids are not (b, n) with neither 0, or one is out of range (its value and place are named).
     """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is a {type(ids).__name__}: give a tensor of token ids, (batch, tokens)")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"{name} holds {ids.dtype}: token ids must be integers (ids.long())")
     if ids.ndim != 2 or ids.numel() == 0:

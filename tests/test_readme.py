@@ -13,17 +13,17 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8")
 LANGUAGE_MODEL, REWARD_MODEL, TRAINER, JUDGE, OWN_LOOP = SNIPPETS
 
 SMALL = {
-    "num_tokens = 20000": "num_tokens = 300",
+    "num_tokens=20000": "num_tokens=300",
     "(0, 20000,": "(0, 300,",
-    "dim = 512": "dim = 24",
-    "depth = 12": "depth = 2",
+    "dim=512": "dim=24",
+    "depth=12": "depth=2",
     "2048": "40",
     "1024": "19",
     "(50000, 512)": "(70, 31)",
-    "num_episodes = 50000": "num_episodes = 70, max_seq_len = 40",
-    "max_seq_len = 256": "max_seq_len = 40",
+    "num_episodes=50000": "num_episodes=70, max_seq_len=40",
+    "max_seq_len=256": "max_seq_len=40",
 }
-ONE_UPDATE = {"num_episodes = 50000": "num_episodes = 1"}
+ONE_UPDATE = {"num_episodes=50000": "num_episodes=1"}
 
 
 def run(snippet, changes, **names):
@@ -31,6 +31,12 @@ def run(snippet, changes, **names):
         snippet = snippet.replace(printed, reduced)
     exec(compile(snippet, "README.md", "exec"), names)
     return names
+
+
+@pytest.mark.parametrize("printed", [*SMALL, *ONE_UPDATE])
+def test_readme_prints_what_the_reductions_replace(printed):
+    # else a README that was only formatted anew would run at its full size, 50000 episodes of it
+    assert any(printed in snippet for snippet in SNIPPETS)
 
 
 def write_files(**sizes):

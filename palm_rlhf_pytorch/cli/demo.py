@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     )
     palm, bpb = pretrain(text, plan, device=device, seed=args.seed, out=out)
     reward_model, accuracy = train_reward_model(palm, text, prompts.learn, plan, seed=args.seed, out=out)
+    print(f"3/4 ppo: {plan.ppo_episodes} responses, learnt from {plan.ppo_update} at a time")
     improved = improve(palm, reward_model, prompts.learn, plan, seed=args.seed, out=out)
     print("4/4 compare: sampling before and after")
     before, after = (

@@ -13,6 +13,7 @@ from palm_rlhf_pytorch.cli.generate import sample_texts
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.datasets import TokenStream, read_texts
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.supervised import fit
 
@@ -89,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _metrics_beside(out: Path) -> MetricsLog:
     """The metrics file beside the checkpoint, its folder made; a wrong path is refused here, before the work."""
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder; name a file in it")
+    check_target(out)
     return MetricsLog(out.with_name(METRICS_FILE))
 
 

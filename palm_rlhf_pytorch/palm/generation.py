@@ -116,9 +116,9 @@ def generate_responses(
     prompts, prompt_mask = _pack(prompts, prompt_mask)
     batch, prompt_length = prompts.shape
     budget = torch.as_tensor(max_new_tokens, device=prompts.device).expand(batch)
-    if int(budget.min()) < 1:
+    shortest, steps = (int(extreme) for extreme in budget.aminmax())
+    if shortest < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1 for every prompt")
-    steps = int(budget.max())
     cache = model.new_cache(batch, prompt_length + steps - 1)  # the last token drawn is never embedded
     check_every = 1 if prompts.device.type == "cpu" else STEPS_BETWEEN_STOP_CHECKS
 
@@ -140,7 +140,8 @@ def generate_responses(
             on_step()
         if step % check_every == check_every - 1 and bool((lengths <= step + 1).all()):
             break
-        new, new_mask = drawn.tokens[:, None], None
+        # a row past its own budget goes on as padding: its positions would grow beyond what the model can place
+        new, new_mask = drawn.tokens[:, None], None if shortest == steps else (step + 1 < budget)[:, None]
 
     longest = int(lengths.max())
     mask = lengths_to_mask(lengths, longest)
@@ -171,6 +172,8 @@ def continue_prompts(
         raise ValueError("generate: a model with causal=False cannot generate; build it with causal=True")
     if seq_len < 1:
         raise ValueError(f"seq_len ({seq_len}) counts tokens of prompt and response: it must be at least 1")
+    if eos_token is not None and not 0 <= eos_token < model.num_tokens:
+        raise ValueError(f"eos_token ({eos_token}) must be from 0 to {model.num_tokens - 1}, or None")
     check_length(seq_len, model.max_length, name="seq_len")
     check_generator(generator, model.device)
     begun = prompt

@@ -235,7 +235,8 @@ class PaLM(nn.Module):
         Raises:
             TypeError: if prompt does not hold integers, or an argument is of another type.
             ValueError: if a prompt is empty, all padding, as long as seq_len, or has ids out of range, if seq_len is
-                above `max_length`, if the model is not causal, or a sampling setting names no distribution.
+                above `max_length`, eos_token is no id, the model is not causal, or a sampling setting names no
+                distribution.
         """
         return continue_prompts(
             self, seq_len, prompt, prompt_mask=prompt_mask, temperature=temperature, top_k=top_k, top_p=top_p,

@@ -26,7 +26,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         OSError: if the disk refuses (full, read-only), naming path and bytes written; the old file is untouched.
     """
     path = Path(path)
-    _check_target(path)
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
     folder = os.open(path.parent, os.O_RDONLY)
@@ -60,18 +60,19 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def nature(path: Path) -> str:
-    """What is at a path that is no ordinary file, for messages."""
-    return "a folder" if path.is_dir() else "a device, pipe or socket"
-
-
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Raise a ValueError unless a file can be put at `path`; ask before the work whose result goes there."""
     if not path.name:
         raise ValueError(f"path ({str(path)!r}) names no file; give the path of a file to write")
     if path.is_symlink():
         raise ValueError(f"{path} is a symbolic link; save to the file it points to ({path.resolve()}) instead")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is {nature(path)}; give the path of a file to write")
+
+
+def nature(path: Path) -> str:
+    """What is at a path that is no ordinary file, for messages."""
+    return "a folder" if path.is_dir() else "a device, pipe or socket"
 
 
 def _open_unnamed(folder: Path) -> int | None:

@@ -300,10 +300,6 @@ def _damaged(path: Path, reason: str, error: Exception | None = None) -> NoRetur
     raise ValueError(f"{path} is truncated or damaged ({reason}); copy it again, or use an earlier one") from error
 
 
-def _nature(path: Path) -> str:
-    return "a folder" if path.is_dir() else "a device, pipe or socket"
-
-
 def _describe(head: bytes) -> str:
     """What a file that is neither format looks like, by its first bytes."""
     if not head:

@@ -79,6 +79,15 @@ def test_pretrain_refuses_files_it_cannot_use(text, tmp_path, capsys):
     assert "is a folder" in capsys.readouterr().err
 
 
+def test_pretrain_refuses_a_link_before_it_trains(text, tmp_path, capsys):
+    out = tmp_path / "palm.pt"
+    out.symlink_to(tmp_path / "elsewhere.pt")
+    assert main(["pretrain", text, "--out", str(out), *TINY]) == 2
+    printed = capsys.readouterr()
+    assert "symbolic link" in printed.err
+    assert "bits per byte" not in printed.out
+
+
 def test_held_out_tails_are_the_ends_of_each_text():
     train, tails = held_out_tails(["abcdefgh", "xy"], 0.3)
     assert train.tolist() == [*b"abcdef", *b"xy"]

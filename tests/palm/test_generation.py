@@ -188,6 +188,17 @@ def test_each_row_has_its_own_room():
     assert decoder.steps == 5
 
 
+def test_a_row_that_used_up_its_room_waits_for_the_others_within_the_models_range(make_palm, ragged):
+    palm = make_palm(rotary_xpos_scale_base=1)
+    longest = int(palm.max_length)
+    prompts, mask = ragged(3, longest - 5)
+    out = palm.generate(longest, prompts, prompt_mask=mask, temperature=0, pad_value=-1)
+    assert (out >= 0).sum(dim=-1).tolist() == [longest - 3, 5]
+    for row in range(2):
+        alone = palm.generate(longest, prompts[row][mask[row]], temperature=0)
+        assert torch.equal(out[row, : len(alone)], alone)
+
+
 def test_without_eos_all_rows_run_to_their_room():
     out = generate_responses(Script([[4, 9, 9]]), torch.zeros(1, 1, dtype=torch.long), max_new_tokens=3)
     assert out.tokens.tolist() == [[4, 9, 9]] and not out.ended.any()
@@ -381,7 +392,8 @@ def test_a_mask_without_a_prompt_is_refused(make_palm):
 @pytest.mark.parametrize(
     ("setting", "error"),
     [({"temperature": -1.0}, ValueError), ({"top_k": 0}, ValueError), ({"top_p": 0.0}, ValueError),
-     ({"top_p": 1.5}, ValueError), ({"top_k": 0.9}, TypeError), ({"temperature": "hot"}, TypeError)],
+     ({"top_p": 1.5}, ValueError), ({"top_k": 0.9}, TypeError), ({"temperature": "hot"}, TypeError),
+     ({"eos_token": 37}, ValueError), ({"eos_token": -1}, ValueError)],
 )  # fmt: skip
 def test_sampling_settings_are_checked_before_the_model_runs(make_palm, monkeypatch, setting, error):
     palm = make_palm()

@@ -373,6 +373,7 @@ def test_set_dropout_refuses_what_is_no_probability(make_palm):
 @pytest.mark.parametrize(
     ("seq", "error", "message"),
     [
+        ([[1, 2]], TypeError, "seq is a list"),
         (torch.zeros(1, 4), TypeError, "seq holds torch.float32"),
         (torch.zeros(1, 4, dtype=torch.bool), TypeError, "seq holds torch.bool"),
         (torch.tensor([1, 2, 3]), ValueError, r"seq has shape \(3,\)"),
