@@ -10,7 +10,7 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from palm_rlhf_pytorch.cli.demo_report import Sampled, print_report, sample_responses, summarize, write_summary
+from palm_rlhf_pytorch.cli.demo_report import Sampled, print_report, sample_responses, summarize, write_json
 from palm_rlhf_pytorch.cli.demo_text import DemoText, demo_text, gold_score, prompts_of
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.pretrain import bits_per_byte
@@ -33,6 +33,7 @@ from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.supervised import fit
 
 TOKENIZER = ByteTokenizer()
+METRICS = ("pretrain.jsonl", "reward.jsonl", "metrics.jsonl")
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the four stages."""
     started = time.perf_counter()
     device, plan, out = device_of(args), Plan().quick() if args.quick else Plan(), args.out
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: a seed is a whole number from 0")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("pretrain.jsonl", "reward.jsonl", "metrics.jsonl"):  # of an earlier run
-        (out / name).unlink(missing_ok=True)
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: a seed is a whole number from 0 to {2**63 - 1}")
+    prepare_folder(out, plan, seed=args.seed)
     torch.manual_seed(args.seed)
 
     text = demo_text(python_documentation(max_bytes=plan.max_bytes), held_out=plan.held_out, seed=args.seed)
@@ -113,11 +112,26 @@ def run(args: argparse.Namespace) -> int:
     )
     summary = summarize(before, after, rm_accuracy=accuracy, bits_per_byte=bpb, seed=args.seed)
     print_report(prompts.test, before, after, summary)
-    write_summary(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     files = ("palm.pt", "reward_model.pt", "improved_palm.pt", "metrics.jsonl", "summary.json")
     print(f"{time.perf_counter() - started:.0f} seconds; in {out}: {', '.join(files)}")
     print(f'try: palm-rlhf generate {out / "improved_palm.pt"} "Return the " --max-new-tokens 64')
     return 0
+
+
+def prepare_folder(out: Path, plan: Plan, *, seed: int) -> None:
+    """Make the folder, or clear an earlier demo out of it, and write down the settings of this run.
+
+    Raises:
+        ValueError: if it holds files that no demo has written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    settings = out / "settings.json"
+    if any(out.iterdir()) and not settings.exists():
+        raise ValueError(f"--out {out} is in use: it holds files, but none of an earlier demo; name another folder")
+    for name in METRICS:
+        (out / name).unlink(missing_ok=True)
+    write_json(settings, {"seed": seed, **asdict(plan)})
 
 
 class PromptSplit(NamedTuple):
@@ -211,7 +225,13 @@ def sample_pairs(palm: PaLM, text: DemoText, prompts: Sequence[str], plan: Plan,
     generator = torch.Generator(palm.token_emb.weight.device).manual_seed(seed)
     pairs: list[Pair] = []
     with tqdm(total=plan.num_pairs, desc="2/4 sample pairs", unit="pair") as bar:
-        while len(pairs) < plan.num_pairs:
+        for attempt in range(plan.num_pairs):
+            if len(pairs) >= plan.num_pairs:
+                break
+            if attempt == 32 and len(pairs) < plan.num_pairs / 8:  # far fewer than one in five
+                raise ValueError(
+                    f"only {len(pairs)} usable pairs among {attempt * 128}: the model has learnt too little"
+                )
             batch = [chance.choice(prompts) for _ in range(128)]
             two = [
                 sample_responses(palm, batch, max_new_tokens=plan.max_new_tokens, generator=generator) for _ in range(2)

@@ -136,7 +136,7 @@ def print_report(prompts: Sequence[str], before: Sampled, after: Sampled, summar
     print(f"gold score gained {gain:+.3f} (standard error {error:.3f}{ratio})\n")
 
 
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write the figures as JSON, atomically."""
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values as JSON, atomically."""
     with replacing(path) as file:
-        file.write((json.dumps(summary, indent=2) + "\n").encode())
+        file.write((json.dumps(values, indent=2) + "\n").encode())

@@ -6,12 +6,13 @@ plain Python function; the reward model never sees it, only the pairs it labels.
 
 import random
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 EDGES = ".,;:!?\"'()"
+MEMORY = 6  # pairs of words that the gold judge looks back
 
 
 class DemoText(NamedTuple):
@@ -59,8 +60,9 @@ def prompts_of(documents: Iterable[str], *, shortest: int, longest: int, seed: i
 def gold_score(response: str, words: frozenset[str], *, ended: bool) -> float:
     """Share of a response's letters and marks that stand in known words, from 0 to 1.
 
-    A word counts when the reader knows it and it does not repeat the word before it, or a pair of words that stood
-    in this response already. Length does not enter: it is a share. A last word that the length limit cut is left out.
+    A word counts when the reader knows it, it does not repeat the word before it, and the two were no pair among the
+    last few. Length does not enter: it is a share, and what a word is worth depends on its neighbours alone. A last
+    word that the length limit cut is left out.
 
     Args:
         response: text after the prompt.
@@ -71,13 +73,13 @@ def gold_score(response: str, words: frozenset[str], *, ended: bool) -> float:
     if not ended and pieces and not response[-1].isspace():
         pieces = pieces[:-1]
     total = good = 0
-    before, pairs = "", set()
+    before, recent = "", deque[tuple[str, str]](maxlen=MEMORY)
     for piece in pieces:
         word = piece.strip(EDGES).lower()
         total += len(piece)
-        if word in words and word != before and (before, word) not in pairs:
+        if word in words and word != before and (before, word) not in recent:
             good += len(piece)
-        pairs.add((before, word))
+        recent.append((before, word))
         before = word
     return good / total if total else 0.0
 
