@@ -48,7 +48,7 @@ class Plan:
     dim_head: int = 32
     length: int = 128
     batch_size: int = 32
-    pretrain_steps: int = 400
+    pretrain_steps: int = 600
     pretrain_lr: float = 3e-3
     num_eval_prompts: int = 512
     num_pairs: int = 1200
@@ -57,7 +57,7 @@ class Plan:
     reward_batch_size: int = 32
     reward_lr: float = 1e-3
     max_new_tokens: int = 64
-    ppo_episodes: int = 2_560
+    ppo_episodes: int = 3_072
     ppo_update: int = 128
 
     def quick(self) -> "Plan":

@@ -40,7 +40,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--dim-head", type=int, default=32, help="features of a head, even")
     parser.add_argument("--length", type=int, default=256, help="bytes the model sees at once")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of a step")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the windows and the sample")
     parser.add_argument("--held-out", type=float, default=0.05, help="share of each file that is not trained on")

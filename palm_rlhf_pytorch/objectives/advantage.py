@@ -68,10 +68,10 @@ def shaped_rewards(
     return ShapedRewards(-kl_coef * kl + rearrange(scores.detach(), "b -> b 1") * last, kl)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Advantages:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95) -> Advantages:
     """Generalised advantage estimation over the True tokens of each row, in that order.
 
-    delta_t = r_t + gamma V_t' - V_t,   A_t = delta_t + gamma lam A_t',   R_t = A_t + V_t                 (eq. 16)
+    delta_t = r_t + gamma V_t' - V_t,   A_t = delta_t + gamma lambda A_t',   R_t = A_t + V_t                 (eq. 16)
 
     where t' is the next True token after t, and V and A are 0 after the last. A False token (padding, or a tool's words
     between two of the policy's) takes no part: its reward and value are not read, and no step of gamma is counted.
@@ -81,26 +81,26 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
         values: expected return before each token was sampled, (b, t).
         mask: True where a token is the policy's own, (b, t).
         gamma: discount of a step; 1.0 as in openai/lm-human-preferences, in [0, 1].
-        lam: lambda, the weight of longer looks ahead; 0.95 as there, in [0, 1].
+        gae_lambda: lambda, the weight of longer looks ahead; 0.95 as there, in [0, 1].
 
     Returns:
         Advantages, not yet whitened, zero outside the mask; `returns` are the lambda-returns the value loss aims at.
 
     Raises:
-        ValueError: if shapes differ, or gamma or lam is not in [0, 1].
+        ValueError: if shapes differ, or gamma or gae_lambda is not in [0, 1].
         TypeError: if mask is not bool.
     """
     check_masked(mask, rewards=rewards, values=values)
     _check_two_axes(mask)
     _check_unit_interval("gamma", gamma)
-    _check_unit_interval("lam", lam)
+    _check_unit_interval("gae_lambda", gae_lambda)
     rewards, values = at_least_float32(rewards.detach()), at_least_float32(values.detach())
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     for step in reversed(range(rewards.shape[1])):
         counted = mask[:, step]
         delta = rewards[:, step] + gamma * next_value - values[:, step]
-        next_advantage = torch.where(counted, delta + gamma * lam * next_advantage, next_advantage)
+        next_advantage = torch.where(counted, delta + gamma * gae_lambda * next_advantage, next_advantage)
         next_value = torch.where(counted, values[:, step], next_value)
         advantages[:, step] = next_advantage.masked_fill(~counted, 0.0)
     return Advantages(advantages, advantages + values.masked_fill(~mask, 0.0))
@@ -123,7 +123,7 @@ def monte_carlo_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) ->
         ValueError: if shapes differ, or gamma is not in [0, 1].
         TypeError: if mask is not bool.
     """
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0).advantages
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, gae_lambda=1.0).advantages
 
 
 def _check_two_axes(mask: Tensor) -> None:

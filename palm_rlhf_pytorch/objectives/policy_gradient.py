@@ -20,16 +20,21 @@ MAX_LOG_RATIO = 20.0
 class PolicyLoss(NamedTuple):
     """Scalars. All but `ratio_max` are sums over the mask divided by `num_tokens`, so that they add over microbatches.
 
-    clipped_fraction: share of tokens at which the clipped loss is the larger one.
-    approx_kl: KL(old || policy), nats per token, by k3. approx_kl_k2: the same by k2.
-    ratio_mean, ratio_max: of the probability ratios; ratio_max is 0 when the mask is empty.
+    clipped_fraction: share of tokens at which the clipped loss is the larger one; _low and _high are the parts of it
+        with a ratio below and above 1.
+    approx_kl: KL(old || policy), nats per token, by k3. approx_kl_k1, approx_kl_k2: the same by k1 and k2.
+    ratio_mean, ratio_max: of the probability ratios; ratio_max is 0 when the mask is empty. ratio_var: mean (r - 1)^2.
     """
 
     loss: Tensor
     clipped_fraction: Tensor
+    clipped_fraction_low: Tensor
+    clipped_fraction_high: Tensor
     approx_kl: Tensor
+    approx_kl_k1: Tensor
     approx_kl_k2: Tensor
     ratio_mean: Tensor
+    ratio_var: Tensor
     ratio_max: Tensor
 
 
@@ -52,7 +57,7 @@ def policy_loss(
     dual_clip: float | None = None,
     num_tokens: Tensor | float | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate loss, averaged over the tokens of the optimiser step.
+    """Clipped surrogate loss, averaged over the tokens of the optimizer step.
 
     L = -sum(min(r A, clip(r, 1 - e, 1 + e') A)) / N,  r = exp(logprobs - old_logprobs)              (eq. 7)
 
@@ -67,7 +72,7 @@ def policy_loss(
         eps_clip_high: e', the same above 1; None for e. DAPO (https://arxiv.org/abs/2503.14476) takes 0.28.
         dual_clip: c, caps the loss of a token with negative advantage at -c A; above 1, or None for no cap. 3 in
             https://arxiv.org/abs/1912.09729.
-        num_tokens: N, the number of True tokens in the optimiser step over all its microbatches and ranks, or that
+        num_tokens: N, the number of True tokens in the optimizer step over all its microbatches and ranks, or that
             divided by a factor the gradients are averaged by. None for this mask's own. With 0 the loss is 0.
 
     Returns:
@@ -95,9 +100,13 @@ def policy_loss(
     return PolicyLoss(
         loss=mean(losses),
         clipped_fraction=mean((clipped > unclipped).to(ratio.dtype)),
+        clipped_fraction_low=mean(((clipped > unclipped) & (ratio < 1)).to(ratio.dtype)),
+        clipped_fraction_high=mean(((clipped > unclipped) & (ratio > 1)).to(ratio.dtype)),
         approx_kl=mean(ratio - 1 - log_ratio),
+        approx_kl_k1=mean(-log_ratio),
         approx_kl_k2=mean(log_ratio.square() / 2),
         ratio_mean=mean(ratio),
+        ratio_var=mean((ratio - 1).square()),
         ratio_max=ratio_max,
     )
 
@@ -111,7 +120,7 @@ def value_loss(
     value_clip: float | None = 0.2,
     num_tokens: Tensor | float | None = None,
 ) -> ValueLoss:
-    """Half the squared error of the values, pessimistically clipped, averaged over the tokens of the optimiser step.
+    """Half the squared error of the values, pessimistically clipped, averaged over the tokens of the optimizer step.
 
     L = sum(max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2)) / (2 N)
 

@@ -69,7 +69,7 @@ def save_model(model: Scoped, path: str | Path, *, kind: str, with_scopes: bool)
 
 
 def take_checkpoint(model: Scoped, checkpoint: Checkpoint, *, path: str | Path) -> None:
-    """Check a checkpoint whole, then copy its tensors into the model, in its dtype, and put the scopes in place.
+    """Check a checkpoint whole, then put its tensors into the model, in its dtype, and put the scopes in place.
 
     Args:
         model: what takes the tensors over; its scopes of the same name are replaced.
@@ -88,8 +88,8 @@ def take_checkpoint(model: Scoped, checkpoint: Checkpoint, *, path: str | Path) 
     check_state(expected, checkpoint.tensors, path=path)
     compare_configs(model.config, checkpoint.config, path=path)
     with torch.no_grad():
-        for name, weight in expected.items():
-            weight.copy_(checkpoint.tensors[name])
+        for name, weight in expected.items():  # new memory: models that share the old keep it (`share_weights`)
+            weight.data = checkpoint.tensors[name].to(weight, copy=True)
     model.finetune_modules.update(fresh)
 
 

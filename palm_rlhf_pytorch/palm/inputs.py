@@ -43,13 +43,14 @@ def check_tokens(
         TypeError: if seq does not hold integers, or mask is not bool.
         ValueError: if shapes do not fit, an id is out of range, a row is all padding, or there is nothing to predict.
     """
+    if mask is not None and isinstance(seq, Tensor):
+        check_masked(mask, seq=seq)
+        seq = seq.masked_fill(~mask, 0)  # what a mask hides may be any id
     check_token_ids(seq, num_tokens, name="seq", allow_negative=not causal)
     if predicting and not causal:
         raise ValueError("return_loss: with causal=False a token sees its successor; build the model with causal=True")
     if predicting and seq.shape[1] < 2:
         raise ValueError("return_loss: seq has 1 token a row; predicting a next token takes at least 2")
-    if mask is not None:
-        check_masked(mask, seq=seq)
     seq = seq.long()
     if not causal:
         mask = seq >= 0 if mask is None else mask & (seq >= 0)
@@ -79,11 +80,13 @@ def check_prompts(
     """
     if prompt.dim() == 1:
         prompt, prompt_mask = prompt[None], None if prompt_mask is None else prompt_mask[None]
+    if prompt_mask is not None:
+        check_prompt_mask(prompt_mask, prompt)
+        prompt = prompt.masked_fill(~prompt_mask, 0)  # what a mask hides may be any id
     check_token_ids(prompt, num_tokens, name="prompt")
     if prompt_mask is None:
         lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=device)
     else:
-        check_prompt_mask(prompt_mask, prompt)
         prompt_mask = prompt_mask.to(device)
         lengths = prompt_mask.sum(dim=-1)
     if int(lengths.max()) >= seq_len:

@@ -8,13 +8,15 @@ their ratio is 1 before the first step. Knows nothing of rewards, losses or step
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.lora import Adapter
+from palm_rlhf_pytorch.objectives.policy_gradient import kl_exact
 from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock
 from palm_rlhf_pytorch.palm.generation import Generation, generate_responses
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.tensors import chosen_logprobs
+from palm_rlhf_pytorch.tensors import at_least_float32, chosen_logprobs
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -26,6 +28,19 @@ class PolicyOutput(NamedTuple):
     values: Tensor
 
 
+class Observation(NamedTuple):
+    """What a rollout records of each response token, (b, t), float32, without gradient.
+
+    logprobs, values: as in PolicyOutput. ref_logprobs: of the same tokens under the reference. kl_exact: KL(actor ||
+    reference) of the whole next-token distributions, nats.
+    """
+
+    logprobs: Tensor
+    values: Tensor
+    ref_logprobs: Tensor
+    kl_exact: Tensor
+
+
 class Hat(nn.Module):
     """A trained view of a frozen trunk: an adapter on it, or a copy of the layers that are trained."""
 
@@ -33,6 +48,7 @@ class Hat(nn.Module):
         self,
         trunk: PaLM,
         *,
+        name: str,
         lora: bool,
         r: int,
         alpha: float | None,
@@ -42,17 +58,19 @@ class Hat(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout ({dropout}) is a probability: it must be at least 0 and below 1")
+            raise ValueError(f"{name}_dropout ({dropout}) is a probability: it must be at least 0 and below 1")
         self.dropout = dropout
         self.adapter: Adapter | None = None
         self.copy: PaLM | None = None
+        if last_layers is not None and not 1 <= last_layers <= trunk.depth:
+            raise ValueError(
+                f"{name}_last_layers ({last_layers}) must be from 1 to the model's depth ({trunk.depth}), or None"
+            )
+        if lora and r < 1:
+            raise ValueError(f"{name}_lora_r ({r}), the rank of an adapter, must be at least 1")
         if lora:
             self.adapter = trunk.new_adapter(r=r, alpha=alpha, last_layers=last_layers, generator=generator)
             return
-        if last_layers is not None and not 1 <= last_layers <= trunk.depth:
-            raise ValueError(
-                f"last_layers ({last_layers}) must be from 1 to the model's depth ({trunk.depth}), or None"
-            )
         top = tuple(f"layers.{layer}." for layer in range(trunk.depth - (last_layers or 0), trunk.depth))
         self.copy = trunk.share(trainable=lambda name: last_layers is None or name.startswith(top))
 
@@ -70,8 +88,9 @@ class ActorCritic(nn.Module):
     """The policy, its value function, and the reference it must not stray from.
 
     Under LoRA the base weights are held once, frozen and bit-identical to those of the `palm` given, which keeps its
-    own flags and scopes. Schulman et al., https://arxiv.org/abs/1707.06347; the value of a token reads only what stands
-    before the token.
+    own flags and scopes. Passes go through torch's fused attention kernels whatever `flash_attn` says: the same
+    function, without maps of (n, n) tokens. Schulman et al., https://arxiv.org/abs/1707.06347; the value of a token
+    reads only what stands before the token.
     """
 
     @typecheck
@@ -116,12 +135,12 @@ class ActorCritic(nn.Module):
             raise ValueError("palm must be causal: a model that sees later tokens cannot be a policy; use causal=True")
         self.palm = _fused(palm.share(), True)
         self.actor = Hat(
-            self.palm, lora=actor_lora, r=actor_lora_r, alpha=actor_lora_alpha, last_layers=actor_last_layers,
-            dropout=actor_dropout, generator=generator,
+            self.palm, name="actor", lora=actor_lora, r=actor_lora_r, alpha=actor_lora_alpha,
+            last_layers=actor_last_layers, dropout=actor_dropout, generator=generator,
         )  # fmt: skip
         self.critic = Hat(
-            self.palm, lora=critic_lora, r=critic_lora_r, alpha=critic_lora_alpha, last_layers=critic_last_layers,
-            dropout=critic_dropout, generator=generator,
+            self.palm, name="critic", lora=critic_lora, r=critic_lora_r, alpha=critic_lora_alpha,
+            last_layers=critic_last_layers, dropout=critic_dropout, generator=generator,
         )  # fmt: skip
         device = palm.token_emb.weight.device
         # skip_init: nothing is drawn, so that torch's global random state stays as it is
@@ -143,13 +162,29 @@ class ActorCritic(nn.Module):
         Returns:
             PolicyOutput, (b, t) each.
         """
-        model = self.actor.model(self.palm)
-        logprobs, entropy = self._logprobs(
-            model, self.actor.embed(self.palm, sequences), sequences, prompt_lengths, response_length, temperature
+        hidden = self.actor.embed(self.palm, sequences)
+        return self._output(hidden, sequences, prompt_lengths, response_length, temperature)
+
+    @torch.no_grad()
+    def observe(
+        self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float = 1.0
+    ) -> Observation:
+        """What `forward` gives, and the reference beside it, from one pass of each hat; arguments as there."""
+        hidden, reference = self.actor.embed(self.palm, sequences), self.palm.embed(sequences, dropout=0.0)
+        place = sequences, prompt_lengths, response_length, temperature
+        policy = self._output(hidden, *place)
+        ref_logprobs, _ = self._logprobs(self.palm, reference, *place)
+        hidden, reference = (_before_response(x, prompt_lengths, response_length) for x in (hidden, reference))
+        kl = torch.cat(
+            [
+                kl_exact(
+                    self._logits(self.actor.model(self.palm), own, temperature),
+                    self._logits(self.palm, ref, temperature),
+                )
+                for own, ref in zip(hidden.flatten(0, 1).split(1024), reference.flatten(0, 1).split(1024), strict=True)
+            ]
         )
-        hidden = _before_response(self.critic.embed(self.palm, sequences), prompt_lengths, response_length)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype))[..., 0].float()
-        return PolicyOutput(logprobs, entropy, values)
+        return Observation(policy.logprobs, policy.values, ref_logprobs, kl.reshape(ref_logprobs.shape))
 
     @torch.no_grad()
     def reference_logprobs(
@@ -158,6 +193,19 @@ class ActorCritic(nn.Module):
         """Log-probabilities (nats) of the same tokens under the reference, the trunk without any hat, (b, t)."""
         hidden = self.palm.embed(sequences, dropout=0.0)
         return self._logprobs(self.palm, hidden, sequences, prompt_lengths, response_length, temperature)[0]
+
+    def _output(
+        self, hidden: Tensor, sequences: Tensor, prompt_lengths: Tensor, length: int, temperature: float
+    ) -> PolicyOutput:
+        """The actor's hidden states (b, n, d) read out, and the critic's values."""
+        model = self.actor.model(self.palm)
+        logprobs, entropy = self._logprobs(model, hidden, sequences, prompt_lengths, length, temperature)
+        valued = _before_response(self.critic.embed(self.palm, sequences), prompt_lengths, length)
+        values = self.value_head(valued.to(self.value_head.weight.dtype))[..., 0].float()
+        return PolicyOutput(logprobs, entropy, values)
+
+    def _logits(self, model: PaLM, hidden: Tensor, temperature: float) -> Tensor:
+        return at_least_float32(F.linear(hidden, model.token_emb.weight)) / temperature
 
     def _logprobs(
         self, model: PaLM, hidden: Tensor, sequences: Tensor, prompt_lengths: Tensor, length: int, temperature: float

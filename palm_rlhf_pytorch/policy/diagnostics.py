@@ -4,6 +4,8 @@ Names and units are in `training/metrics.py`; figures are over the responses of 
 `_max`) and for distinct_2, which are this rank's.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -57,6 +59,7 @@ def rollout_metrics(
         "objective/kl": kl,
         "objective/kl_token": over_tokens(targets.kl).mean,
         "objective/kl_k3": over_tokens(kl_k3(rollout.logprobs, rollout.ref_logprobs)).mean,
+        "objective/kl_exact": over_tokens(rollout.kl_exact).mean,
         "objective/kl_coef": kl_coef,
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": over_rows(targets.rewards.sum(dim=-1)).mean,
@@ -98,7 +101,18 @@ def timing_metrics(
         "perf/rollout_seconds": sampled - started,
         "perf/learn_seconds": now - sampled,
         "perf/tokens_per_second": tokens / (now - started),
+        "perf/rollout_tokens_per_second": tokens / (sampled - started),
+        "perf/learn_tokens_per_second": tokens / (now - sampled),
+        "perf/peak_memory_bytes": peak_memory(rollout.sequences.device),
     }
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes so far: of tensors on a CUDA device, else of the whole process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def headline(metrics: dict[str, float]) -> dict[str, str]:

@@ -51,7 +51,7 @@ def make_targets(
     """
     mask = rollout.response_mask
     rewards, kl = shaped_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef)
-    advantages, returns = gae(rewards, rollout.values, mask, gamma=gamma, lam=gae_lambda)
+    advantages, returns = gae(rewards, rollout.values, mask, gamma=gamma, gae_lambda=gae_lambda)
     return Targets(rewards, kl, masked_whiten(advantages, mask, reduce=reduce), returns)
 
 
@@ -170,18 +170,9 @@ class Learner:
         # the wrapper averages over ranks and accelerate divides by its accumulation steps; N is already of them all
         scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         self.accelerator.backward(loss * scale)
-        return {
-            "policy/loss": policy.loss.detach(),
-            "policy/approx_kl": policy.approx_kl.detach(),
-            "policy/approx_kl_k2": policy.approx_kl_k2.detach(),
-            "policy/clipped_fraction": policy.clipped_fraction.detach(),
-            "policy/ratio_mean": policy.ratio_mean.detach(),
-            "policy/ratio_max": policy.ratio_max.detach(),
-            "policy/entropy": entropy.detach(),
-            "value/loss": value.loss.detach(),
-            "value/error": value.error.detach(),
-            "value/clipped_fraction": value.clipped_fraction.detach(),
-        }
+        figures = {f"policy/{name}": figure.detach() for name, figure in policy._asdict().items()}
+        figures |= {f"value/{name}": figure.detach() for name, figure in value._asdict().items()}
+        return figures | {"policy/entropy": entropy.detach()}
 
     def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over ranks, and the largest of what is a maximum."""

@@ -24,10 +24,11 @@ from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.diagnostics import headline, rollout_metrics, timing_metrics
 from palm_rlhf_pytorch.policy.learning import Learner, make_targets
 from palm_rlhf_pytorch.policy.prompts import one_prompt, prompts_from
-from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
+from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout, sample_answers
 from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, best_response, judge_sequences, learnt_scores
 from palm_rlhf_pytorch.policy.settings import (
     PPOSettings,
+    check_answer_arguments,
     check_rollout_arguments,
     check_same_vocabulary,
     check_train_arguments,
@@ -43,7 +44,7 @@ class RLHFTrainer:
     """Improves a PaLM against a judge, with a frozen reference that it must not stray far from.
 
     The `palm` given stays as it is; the improved model comes from `export_palm()`. All randomness follows from `seed`
-    and from counts of what was done so far; torch's, numpy's and Python's global random states are left alone.
+    and counts of what was done; torch's, numpy's and Python's global random states are left alone.
     """
 
     @typecheck
@@ -213,6 +214,7 @@ class RLHFTrainer:
             eos_token=eos_token, temperature=temperature,
         )  # fmt: skip
         prompts, prompt_mask = prompts.to(self.accelerator.device), prompt_mask.to(self.accelerator.device)
+        prompts = prompts.masked_fill(~prompt_mask, 0)
         room = max_seq_len - prompt_mask.sum(dim=-1)
         room = room if max_new_tokens is None else room.clamp(max=max_new_tokens)
         passes = -(-len(prompts) // self.settings.max_batch_size)
@@ -298,20 +300,18 @@ class RLHFTrainer:
             Prompt and best response, its EOS included, (<= seq_len,).
 
         Raises:
-            ValueError: if the prompt is empty, too long or out of the vocabulary, or num_samples below 1.
+            ValueError: if the prompt is empty, too long or out of the vocabulary, or a number is out of range.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples ({num_samples}) must be at least 1")
-        palm, device = self.actor_critic.palm, self.accelerator.device
+        palm, limit, device = self.actor_critic.palm, self.settings.max_batch_size, self.accelerator.device
         prompt = one_prompt(prompt, num_tokens=palm.num_tokens, pad_value=pad_value, seq_len=seq_len).to(device)
-        steps = seq_len - len(prompt)
-        with (
-            tqdm(total=steps, disable=not (use_tqdm and self._is_main), desc="generate", leave=False) as bar,
-            self.accelerator.autocast(),
-        ):
-            responses = self.actor_critic.generate(
-                prompt.expand(num_samples, -1), None, max_new_tokens=steps, temperature=temperature,
-                eos_token=eos_token, generator=generator or self._generator("answer", self.answers), on_step=bar.update,
+        numbers: dict[str, Any] = {"num_samples": num_samples, "eos_token": eos_token, "temperature": temperature}
+        check_answer_arguments(palm, seq_len=seq_len, **numbers)
+        total, show = (seq_len - len(prompt)) * -(-num_samples // limit), use_tqdm and self._is_main
+        with tqdm(total=total, disable=not show, desc="generate", leave=False) as bar, self.accelerator.autocast():
+            responses = sample_answers(
+                self.actor_critic, prompt, max_new_tokens=seq_len - len(prompt),
+                generator=generator or self._generator("answer", self.answers), max_batch_size=limit,
+                on_step=bar.update, **numbers,
             )  # fmt: skip
         self.answers += 1  # counted apart from rollouts: to look at samples does not change the training
         return best_response(self.reward_model, prompt, responses, **self.settings.batch_limits())

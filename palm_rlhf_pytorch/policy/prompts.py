@@ -46,6 +46,8 @@ class Prompts:
 
     def next_share(self, count: int, rank: int, *, of: int) -> Tensor:
         """One rank's equal share of the next `count` rows, rounded up; all `of` ranks must take theirs."""
+        if count < 1:
+            raise ValueError(f"count ({count}) of prompts must be at least 1")
         share = -(-count // of)
         return self.next_rows(share * of)[rank * share : (rank + 1) * share]
 
@@ -96,6 +98,12 @@ def prompts_from(
     given = [name for name, source in sources.items() if source is not None]
     if len(given) != 1:
         raise ValueError(f"give one source of prompts out of {', '.join(sources)}, not {' and '.join(given) or 'none'}")
+    if prompt_token_ids is not None and tokenizer is not None:
+        raise ValueError("prompt_token_ids are ids already: leave the tokenizer out, or give prompts as text")
+    if pad_value is not None and not isinstance(prompt_token_ids, Tensor):
+        raise ValueError(
+            f"pad_value ({pad_value}) goes with a (prompts, tokens) tensor; lists and texts have no padding"
+        )
     if isinstance(prompts, str):
         raise TypeError(f"prompts is one text ({prompts[:40]!r}): give a list of texts, [prompt]")
     if prompt_token_ids is None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.palm.generation import Generation
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, Observation
 from palm_rlhf_pytorch.tensors import align_left, lengths_to_mask, split_rows
 
 
@@ -27,6 +28,7 @@ class Rollout(NamedTuple):
     ref_logprobs: the same under the reference, (b, t).
     values: the critic's value before each response token, (b, t).
     sampler_logprobs: the log-probability the sampler saw; equal to logprobs up to rounding, (b, t).
+    kl_exact: KL(policy || reference) of the whole next-token distributions, nats, (b, t); a metric, never a reward.
     ended: True where the response ended with EOS, (b,).
     temperature: of sampling, and so of every log-probability.
     eos_token: the id that ends a response, None if none does.
@@ -40,6 +42,7 @@ class Rollout(NamedTuple):
     ref_logprobs: Tensor
     values: Tensor
     sampler_logprobs: Tensor
+    kl_exact: Tensor
     ended: Tensor
     temperature: float
     eos_token: int | None
@@ -72,6 +75,7 @@ class Rollout(NamedTuple):
             ref_logprobs=self.ref_logprobs[rows, :steps],
             values=self.values[rows, :steps],
             sampler_logprobs=self.sampler_logprobs[rows, :steps],
+            kl_exact=self.kl_exact[rows, :steps],
             ended=self.ended[rows],
             temperature=self.temperature,
             eos_token=self.eos_token,
@@ -144,21 +148,22 @@ def _collect(
     sequences, mask = align_left(torch.cat((prompts, out.tokens), 1), torch.cat((prompt_mask, out.mask), 1))
     sequences = sequences.masked_fill(~mask, 0)[:, : int(mask.sum(dim=-1).max())]
     steps = out.tokens.shape[1]
-    logprobs, ref_logprobs, values = (torch.zeros_like(out.logprobs) for _ in range(3))
+    seen = Observation(*(torch.zeros_like(out.logprobs) for _ in Observation._fields))
     lengths = mask.sum(dim=-1)
     for rows in split_rows(lengths, max_rows=len(lengths), max_tokens=max_batch_tokens):
         part = sequences[rows, : int(lengths[rows].max())], prompt_lengths[rows], steps
-        policy = actor_critic(*part, temperature=temperature)
-        logprobs[rows], values[rows] = policy.logprobs, policy.values
-        ref_logprobs[rows] = actor_critic.reference_logprobs(*part, temperature=temperature)
+        for record, values in zip(seen, actor_critic.observe(*part, temperature=temperature), strict=True):
+            record[rows] = values.to(record.dtype)
+    seen = Observation(*(record.masked_fill(~out.mask, 0.0) for record in seen))
     return Rollout(
         sequences=sequences,
         prompt_lengths=prompt_lengths,
         response_mask=out.mask,
-        logprobs=logprobs * out.mask,
-        ref_logprobs=ref_logprobs * out.mask,
-        values=values * out.mask,
+        logprobs=seen.logprobs,
+        ref_logprobs=seen.ref_logprobs,
+        values=seen.values,
         sampler_logprobs=out.logprobs,
+        kl_exact=seen.kl_exact,
         ended=out.ended,
         temperature=temperature,
         eos_token=eos_token,
@@ -186,3 +191,25 @@ def _join(parts: list[Rollout]) -> Rollout:
         if isinstance(value, Tensor)
     }
     return parts[0]._replace(**tensors)
+
+
+def sample_answers(
+    actor_critic: ActorCritic,
+    prompt: Tensor,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_token: int | None,
+    generator: torch.Generator,
+    max_batch_size: int,
+    on_step: Callable[[], object] | None = None,
+) -> list[Generation]:
+    """Several responses of the actor to one prompt (p,), at most max_batch_size of them in a batch."""
+    return [
+        actor_critic.generate(
+            prompt.expand(len(share), -1), None, max_new_tokens=max_new_tokens, temperature=temperature,
+            eos_token=eos_token, generator=generator, on_step=on_step,
+        )
+        for share in torch.arange(num_samples).split(max_batch_size)
+    ]  # fmt: skip

@@ -4,7 +4,7 @@ Judging, checking, choosing the best, normalising, and the price of a response t
 `(sequences, prompt_mask=..., mask=...) -> scores (b,)`; a reward model is one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.palm.generation import Generation
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.tensors import lengths_to_mask, masked_moments, split_rows
+from palm_rlhf_pytorch.tensors import lengths_to_mask, masked_moments, pad_ragged, split_rows
 
 Judge = Callable[..., Tensor]
 
@@ -97,28 +97,30 @@ def check_scores(scores: object, rows: Tensor, *, where: str) -> Tensor:
 
 
 def best_response(
-    judge: Judge, prompt: Tensor, responses: Generation, *, max_batch_size: int, max_batch_tokens: int
+    judge: Judge, prompt: Tensor, responses: Sequence[Generation], *, max_batch_size: int, max_batch_tokens: int
 ) -> Tensor:
     """Prompt and response (n,) of the sample with the highest score.
 
     Args:
         judge: called as judge(sequences, prompt_mask=..., mask=...).
         prompt: ids that all samples answer, (p,).
-        responses: g samples.
+        responses: samples, in one or more batches.
         max_batch_size: rows of one call of the judge.
         max_batch_tokens: see `judge_sequences`.
     """
-    samples = len(responses.tokens)
-    sequences = torch.cat((prompt.expand(samples, -1), responses.tokens * responses.mask), dim=1)
-    lengths = len(prompt) + responses.mask.sum(dim=-1)
-    prompt_mask = lengths_to_mask(torch.full_like(lengths, len(prompt)), sequences.shape[1])
-    mask = lengths_to_mask(lengths, sequences.shape[1])
+    texts = [
+        torch.cat((prompt, tokens[real]))
+        for batch in responses
+        for tokens, real in zip(batch.tokens, batch.mask, strict=True)
+    ]
+    sequences, mask = pad_ragged(texts)
+    lengths = torch.full(sequences.shape[:1], len(prompt), device=sequences.device)
+    prompt_mask = lengths_to_mask(lengths, sequences.shape[1])
     scores = judge_sequences(
         judge, sequences, prompt_mask, mask, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
         where="generate",
     )  # fmt: skip
-    best = int(scores.argmax())
-    return sequences[best, : int(lengths[best])]
+    return texts[int(scores.argmax())]
 
 
 class ScoreNormalizer:

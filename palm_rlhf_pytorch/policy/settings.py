@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
+from palm_rlhf_pytorch.palm.inputs import check_length
+from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
@@ -140,6 +142,12 @@ class PPOSettings:
                 " learning and off while sampling; PPO is usually run without",
                 stacklevel=3,
             )
+        if not self.normalize_scores and self.value_clip is not None:
+            warnings.warn(
+                f"value_clip ({self.value_clip}) is meant for normalised scores; with normalize_scores=False values"
+                " move by about so much an update, whatever the size of the scores: value_clip=None is usual then",
+                stacklevel=3,
+            )
 
     def next_kl_coef(self, kl_coef: float, kl: float, *, num_episodes: int) -> float:
         """The coefficient after a rollout of num_episodes with kl nats a response; without a target the same."""
@@ -211,9 +219,24 @@ def check_rollout_arguments(prompts: Tensor, prompt_mask: Tensor, *, palm: PaLM,
         TypeError: if prompts are not integers, or prompt_mask is not bool.
         ValueError: naming the argument and its value.
     """
-    check_token_ids(prompts, palm.num_tokens, name="prompts")
     check_masked(prompt_mask, prompts=prompts)
+    check_token_ids(prompts.masked_fill(~prompt_mask, 0), palm.num_tokens, name="prompts")
     check_sampling_arguments(prompt_mask.sum(dim=-1), palm=palm, **sampling)
+
+
+def check_answer_arguments(
+    palm: PaLM, *, seq_len: int, num_samples: int, eos_token: int | None, temperature: float
+) -> None:
+    """Refuse what sampling an answer would stumble over after its first tokens; arguments as in RLHFTrainer.generate.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples ({num_samples}) must be at least 1")
+    check_sampling(temperature=temperature, top_k=None, top_p=None)
+    check_length(seq_len, palm.max_length, name="seq_len")
+    _check_eos(eos_token, palm)
 
 
 def check_same_vocabulary(palm: PaLM, judge: PaLM) -> None:
@@ -251,8 +274,7 @@ def check_sampling_arguments(
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1, or None")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature ({temperature}) must be above 0: a greedy policy has nothing to explore")
-    if eos_token is not None and not 0 <= eos_token < palm.num_tokens:
-        raise ValueError(f"eos_token ({eos_token}) must be from 0 to {palm.num_tokens - 1}, or None")
+    _check_eos(eos_token, palm)
     if int(lengths.min()) < 1:
         raise ValueError(f"prompt {int(lengths.argmin())} is all padding: a prompt takes at least one token")
     row, longest = int(lengths.argmax()), int(lengths.max())
@@ -267,3 +289,8 @@ def check_sampling_arguments(
             f"max_seq_len ({max_seq_len}) lets rows grow to {total} tokens: beyond {palm.max_length} palm's xPos scales"
             " leave the range of its dtype; lower max_seq_len or max_new_tokens"
         )
+
+
+def _check_eos(eos_token: int | None, palm: PaLM) -> None:
+    if eos_token is not None and not 0 <= eos_token < palm.num_tokens:
+        raise ValueError(f"eos_token ({eos_token}) must be from 0 to {palm.num_tokens - 1}, or None")

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.palm.config import BEHAVIOUR
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.learning import Learner
@@ -85,6 +86,7 @@ def load_trainer(trainer: Trainer, path: str | Path) -> None:
             expected |= {f"optimizer.{moment}.{name}": shape for moment, shape in zip(MOMENTS, shapes, strict=True)}
     check_state(expected, checkpoint.tensors, path=path)
     extra = checkpoint.extra
+    _check_same_function(path, checkpoint.config.get("palm", {}), trainer.actor_critic.palm.config)
     _check_same(path, checkpoint.config.get("settings", {}), trainer.settings.plain())
     if extra["trunk"] != _digest(trainer.actor_critic.palm):
         raise ValueError(f"{path} was trained over another palm: its frozen weights differ from this trainer's")
@@ -120,6 +122,17 @@ def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
 
 def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:
     return trainer.learner.actor | trainer.learner.critic
+
+
+def _check_same_function(path: str | Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """The palm must compute what the run's did: equal weights are not enough."""
+    differing = [
+        f"{name}: file {saved.get(name)}, palm {present[name]}"
+        for name in BEHAVIOUR
+        if saved.get(name) != present[name]
+    ]
+    if differing:
+        raise ValueError(f"{path} was trained over a palm of another behaviour ({'; '.join(differing)})")
 
 
 def _check_same(path: str | Path, saved: dict[str, Any], present: dict[str, Any]) -> None:

@@ -50,12 +50,12 @@ def fit(
         model: called as `model(**batch)`, must give a scalar loss.
         batches: mappings of keyword arguments; tensors in them are moved to the model's device. At least num_steps *
             accumulate are needed: it is gone through once.
-        num_steps: number of optimiser steps.
+        num_steps: number of optimizer steps.
         lr: learning rate at the peak.
         weight_decay: of matrices only.
         warmup_steps: steps until the peak.
         max_norm: gradients are scaled down to this norm; None leaves them, 1.0 is common.
-        accumulate: batches an optimiser step.
+        accumulate: batches an optimizer step.
         accelerator: places the model and the batches, averages over processes, chooses precision; None: stay put.
         evaluate: called in eval mode without gradients, on every process; gives `eval/...` metrics.
         eval_every: evaluate every so many steps; the last step always does.

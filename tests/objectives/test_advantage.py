@@ -23,7 +23,7 @@ def random_rollout() -> tuple[Tensor, Tensor, Tensor]:
     return rewards, values, mask
 
 
-def advantages_of_tokens(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
+def advantages_of_tokens(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
     """One row and one token at a time over the counted tokens, as a sum of discounted temporal differences."""
     advantages = torch.zeros_like(rewards)
     for b in range(len(rewards)):
@@ -33,7 +33,7 @@ def advantages_of_tokens(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma
             after = values[b, steps[i + 1]].item() if i + 1 < len(steps) else 0.0
             deltas.append(rewards[b, t].item() + gamma * after - values[b, t].item())
         for i, t in enumerate(steps):
-            advantages[b, t] = sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[i:]))
+            advantages[b, t] = sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas[i:]))
     return advantages
 
 
@@ -48,28 +48,28 @@ def test_rewards_match_the_worked_example() -> None:
 
 def test_advantages_match_the_worked_example() -> None:
     mask = torch.ones(1, 3, dtype=torch.bool)
-    result = gae(row(-0.01, 0.005, 1.025), row(0.3, 0.4, 0.6), mask, gamma=1.0, lam=0.95)
+    result = gae(row(-0.01, 0.005, 1.025), row(0.3, 0.4, 0.6), mask, gamma=1.0, gae_lambda=0.95)
     torch.testing.assert_close(result.advantages, row(0.6683125, 0.60875, 0.425))
     torch.testing.assert_close(result.returns, row(0.9683125, 1.00875, 1.025))
 
 
 def test_advantages_step_over_tool_tokens() -> None:
     mask = torch.tensor([[True, False, True, True]])
-    result = gae(row(0, 0, 0, 1), row(0.3, 0.9, 0.4, 0.6), mask, lam=0.95)
+    result = gae(row(0, 0, 0, 1), row(0.3, 0.9, 0.4, 0.6), mask, gae_lambda=0.95)
     torch.testing.assert_close(result.advantages, row(0.651, 0, 0.58, 0.4))
     torch.testing.assert_close(result.returns, row(0.951, 0, 0.98, 1.0))
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
-def test_advantages_equal_a_loop_over_single_tokens(gamma: float, lam: float) -> None:
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_advantages_equal_a_loop_over_single_tokens(gamma: float, gae_lambda: float) -> None:
     rewards, values, mask = random_rollout()
-    expected = advantages_of_tokens(rewards, values, mask, gamma=gamma, lam=lam)
-    torch.testing.assert_close(gae(rewards, values, mask, gamma=gamma, lam=lam).advantages, expected)
+    expected = advantages_of_tokens(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+    torch.testing.assert_close(gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda).advantages, expected)
 
 
 def test_gae_equals_returns_minus_values_when_lambda_is_one() -> None:
     rewards, values, mask = random_rollout()
-    result = gae(rewards, values, mask, gamma=0.9, lam=1.0)
+    result = gae(rewards, values, mask, gamma=0.9, gae_lambda=1.0)
     returns = monte_carlo_returns(rewards, mask, gamma=0.9)
     torch.testing.assert_close(result.advantages, (returns - values) * mask)
     torch.testing.assert_close(result.returns, returns)
@@ -82,7 +82,7 @@ def test_monte_carlo_returns_sum_what_follows() -> None:
 
 def test_values_are_shifted_along_time_not_along_the_batch() -> None:
     values = torch.arange(1.0, 10.0).reshape(3, 3)
-    result = gae(torch.zeros(3, 3), values, torch.ones(3, 3, dtype=torch.bool), lam=0.0)
+    result = gae(torch.zeros(3, 3), values, torch.ones(3, 3, dtype=torch.bool), gae_lambda=0.0)
     assert result.advantages.tolist() == [[1, 1, -3], [1, 1, -6], [1, 1, -9]]
 
 
@@ -110,7 +110,7 @@ def test_kl_penalty_of_one_token_moves_the_advantages() -> None:
     ref_logprobs = torch.full((2, 3), -1.0)
     ref_logprobs[0, 1] = -11.0
     shaped = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
-    advantages = masked_whiten(gae(shaped.rewards, values, mask, lam=1.0).advantages, mask)
+    advantages = masked_whiten(gae(shaped.rewards, values, mask, gae_lambda=1.0).advantages, mask)
     # Returns (0, 0, 1) and (1, 1, 1): mean 2/3, deviation sqrt(2)/3.
     torch.testing.assert_close(advantages, torch.tensor([[-2.0, -2.0, 1.0], [1.0, 1.0, 1.0]]) / 2**0.5)
 
@@ -143,7 +143,7 @@ def test_advantages_refuse_bad_input() -> None:
         gae(zeros, zeros[:, :1], mask)
     with pytest.raises(ValueError, match=r"gamma \(1.1\)"):
         gae(zeros, zeros, mask, gamma=1.1)
-    with pytest.raises(ValueError, match=r"lam \(-1\)"):
-        gae(zeros, zeros, mask, lam=-1)
+    with pytest.raises(ValueError, match=r"gae_lambda \(-1\)"):
+        gae(zeros, zeros, mask, gae_lambda=-1)
     with pytest.raises(ValueError, match=r"\(2, 0\)"):
         gae(zeros[:, :0], zeros[:, :0], mask[:, :0])

@@ -141,8 +141,19 @@ def test_losses_without_any_token_are_zero_with_zero_gradient() -> None:
     for num_tokens in (None, 0, torch.tensor(0), 5.0):
         policy = policy_loss(x, x.detach(), x.detach(), mask, num_tokens=num_tokens)
         value = value_loss(x, x.detach(), x.detach(), mask, num_tokens=num_tokens)
-        assert [metric.item() for metric in (*policy, *value)] == [0] * 9
+        assert not any(metric.item() for metric in (*policy, *value))
         assert torch.autograd.grad(policy.loss + value.loss, x)[0].eq(0).all()
+
+
+def test_policy_diagnostics_are_those_worked_by_hand() -> None:
+    # ratios e^.2, 1, e^-.5; advantages of either sign: the first is clipped above, the last below
+    new, old = torch.tensor([[-0.8, -0.5, -2.5]]), torch.tensor([[-1.0, -0.5, -2.0]])
+    found = policy_loss(new, old, torch.tensor([[0.97, 0.40, -1.37]]), all_true(1, 3))
+    assert found.clipped_fraction_high.item() == pytest.approx(1 / 3)
+    assert found.clipped_fraction_low.item() == pytest.approx(1 / 3)
+    assert found.clipped_fraction.item() == pytest.approx(2 / 3)
+    assert found.approx_kl_k1.item() == pytest.approx(0.1)
+    assert found.ratio_var.item() == pytest.approx((0.221402758**2 + 0.393469340**2) / 3)
 
 
 def test_extreme_log_ratios_stay_finite() -> None:

@@ -20,6 +20,7 @@ ROLLOUT = Rollout(
     ref_logprobs=torch.tensor([[-1.2, -0.4, -1.5], [-0.7, 0.0, 0.0]]),
     values=torch.tensor([[0.3, 0.4, 0.6], [0.2, 0.0, 0.0]]),
     sampler_logprobs=torch.tensor([[-1.0, -0.5, -2.03], [-0.29, 0.0, 0.0]]),
+    kl_exact=torch.tensor([[0.1, 0.2, 0.3], [0.8, 0.0, 0.0]]),
     ended=torch.tensor([False, True]),
     temperature=1.0,
     eos_token=7,
@@ -45,6 +46,7 @@ def test_rollout_metrics_are_those_worked_by_hand(metrics):
         "objective/kl": 0.0,  # (-.4 + .4) / 2
         "objective/kl_token": 0.0,
         "objective/kl_k3": sum(k3) / 4,
+        "objective/kl_exact": 0.35,  # (.1 + .2 + .3 + .8) / 4
         "objective/kl_coef": 0.05,
         "objective/non_score_reward": 0.0,
         "objective/rlhf_reward": 0.25,
@@ -72,6 +74,8 @@ def test_rollout_metrics_are_those_worked_by_hand(metrics):
 def test_names_are_in_the_glossary(metrics):
     timing = timing_metrics(ROLLOUT, 1.0, 2.0, reduce=identity)
     assert timing["perf/rollout_seconds"] == 1.0
+    assert timing["perf/rollout_tokens_per_second"] == 4.0
+    assert timing["perf/peak_memory_bytes"] > 50e6  # torch alone takes more
     assert (metrics | timing).keys() <= GLOSSARY.keys()
     assert headline(metrics) == {"score": "25", "kl": headline(metrics)["kl"], "length": "2"}
 

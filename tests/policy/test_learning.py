@@ -45,7 +45,7 @@ def hand_made_rollout(logprobs, ref_logprobs, values, mask):
     rows, steps = mask.shape
     return Rollout(
         torch.zeros(rows, steps + 1, dtype=torch.long), torch.ones(rows, dtype=torch.long), mask, logprobs,
-        ref_logprobs, values, logprobs, torch.ones(rows, dtype=torch.bool), 1.0, None, None,
+        ref_logprobs, values, logprobs, torch.zeros_like(logprobs), torch.ones(rows, dtype=torch.bool), 1.0, None,
     )  # fmt: skip
 
 

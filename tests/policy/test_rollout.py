@@ -140,7 +140,7 @@ def test_rollout_keeps_a_number_a_token_and_nothing_of_the_vocabularys_size(make
     rollout = collect(ActorCritic(make_palm(num_tokens=997)), eos_token=None)
     held = sum(value.numel() for value in rollout if isinstance(value, torch.Tensor))
     rows, tokens, steps = 8, rollout.sequences.shape[1], 6
-    assert held == rows * tokens + 5 * rows * steps + 2 * rows
+    assert held == rows * tokens + 6 * rows * steps + 2 * rows
 
 
 def test_responses_are_sampled_in_batches_over_a_cache(make_palm, monkeypatch):
@@ -189,6 +189,26 @@ def test_batches_of_unequal_length_are_joined(make_palm, move):
     torch.testing.assert_close(rollout.ref_logprobs, reference * mask, atol=1e-5, rtol=0)
 
 
+def test_exact_kl_is_that_of_the_whole_distributions(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout = collect(actor_critic, temperature=0.7)
+    improved = actor_critic.export_palm()
+    for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
+        places = slice(int(start) - 1, int(start + length) - 1)  # what predicts each response token
+        own, ref = (
+            (model(rollout.sequences[row : row + 1])[0, places].double() / 0.7).softmax(dim=-1)
+            for model in (improved, actor_critic.palm)
+        )
+        expected = (own * (own.log() - ref.log())).sum(dim=-1).float()
+        torch.testing.assert_close(rollout.kl_exact[row, :length], expected, atol=1e-5, rtol=1e-4)
+        assert not rollout.kl_exact[row, length:].any()
+    assert rollout.kl_exact.max() > 1e-3
+
+
+def test_exact_kl_is_zero_before_training(make_palm):
+    assert not collect(ActorCritic(make_palm())).kl_exact.any()
+
+
 def test_selected_rows_are_trimmed_to_the_longest_of_them():
     rollout = Rollout(
         sequences=torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]),
@@ -198,6 +218,7 @@ def test_selected_rows_are_trimmed_to_the_longest_of_them():
         ref_logprobs=torch.tensor([[1.5, 2, 3], [4, 5, 0]]),
         values=torch.tensor([[10.0, 20, 30], [40, 50, 0]]),
         sampler_logprobs=torch.tensor([[1.0, 2, 3], [4, 5, 0]]),
+        kl_exact=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0]]),
         ended=torch.tensor([False, True]),
         temperature=0.7,
         eos_token=8,

@@ -32,7 +32,7 @@ def rollout_with(scores, *, ended, eos_token):
     numbers = torch.zeros(rows, 2)
     return Rollout(
         torch.zeros(rows, 3, dtype=torch.long), torch.ones(rows, dtype=torch.long), numbers == 0, numbers, numbers,
-        numbers, numbers, torch.tensor(ended), 1.0, eos_token, scores,
+        numbers, numbers, numbers, torch.tensor(ended), 1.0, eos_token, scores,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_error_of_a_judge_keeps_its_type_and_says_where():
 def test_best_response_is_cut_at_its_end(judge):
     tokens = torch.tensor([[7, 1, 1], [7, 7, 7], [7, 7, 5]])
     mask = torch.tensor([[True] * 3, [True, False, False], [True] * 3])
-    out = Generation(tokens, mask, torch.zeros(3, 3), torch.zeros(3, dtype=torch.bool))
+    out = [Generation(tokens, mask, torch.zeros(3, 3), torch.zeros(3, dtype=torch.bool))]
     for batch in (1, 8):
         best = best_response(judge, torch.tensor([7, 4]), out, max_batch_size=batch, max_batch_tokens=9999)
         assert best.tolist() == [7, 4, 7, 7, 5]

@@ -1,0 +1,112 @@
+"""What a trainer refuses before work is lost, and what it must not be moved by."""
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.palm.transformer import PaLM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eos_token": 77}, r"eos_token \(77\)"),
+        ({"eos_token": -1}, r"eos_token \(-1\)"),
+        ({"temperature": -0.5}, r"temperature \(-0.5\)"),
+        ({"num_samples": 0}, r"num_samples \(0\)"),
+        ({"seq_len": 40_000}, r"seq_len \(40000"),
+    ],
+)
+def test_generate_refuses_before_it_samples(make_trainer, arguments, message):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=message):
+        trainer.generate(arguments.pop("seq_len", 9), torch.tensor([3, 1]), **arguments)
+    assert trainer.answers == 0
+
+
+def test_generate_takes_samples_in_batches_of_max_batch_size(make_trainer, monkeypatch):
+    trainer = make_trainer(max_batch_size=2)
+    sample, rows = trainer.actor_critic.generate, []
+    monkeypatch.setattr(
+        trainer.actor_critic,
+        "generate",
+        lambda prompts, *args, **kw: rows.append(len(prompts)) or sample(prompts, *args, **kw),
+    )
+    assert len(trainer.generate(7, torch.tensor([3, 1]), num_samples=5)) == 7
+    assert rows == [2, 2, 1]
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_next_prompts_refuses_counts_below_one(make_trainer, count):
+    with pytest.raises(ValueError, match=rf"count \({count}\)"):
+        make_trainer().next_prompts(count)
+
+
+def test_load_refuses_a_palm_that_computes_something_else_with_equal_weights(make_trainer, make_palm, tmp_path):
+    make_trainer(make_palm()).save(tmp_path / "trainer.pt")
+    other = make_trainer(make_palm(rotary_xpos_scale_base=2))
+    with pytest.raises(ValueError, match="rotary_xpos_scale_base: file 512, palm 2"):
+        other.load(tmp_path / "trainer.pt")
+
+
+def test_loading_into_the_palm_later_leaves_the_trainer_as_it_was(make_trainer, make_palm, tmp_path):
+    palm = make_palm()
+    trainer = make_trainer(palm)
+    before = [parameter.clone() for parameter in trainer.actor_critic.palm.parameters()]
+    make_palm(seed=4).save(tmp_path / "other.pt")
+    palm.load(tmp_path / "other.pt")
+    assert not torch.equal(palm.token_emb.weight, before[0])
+    for kept, parameter in zip(before, trainer.actor_critic.palm.parameters(), strict=True):
+        assert torch.equal(kept, parameter)
+
+
+def test_ids_under_a_false_mask_may_be_anything(make_trainer):
+    trainer = make_trainer()
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    hidden, shown = torch.tensor([[-1, 4, 2], [5, 6, 7]]), torch.tensor([[3, 4, 2], [5, 6, 7]])
+    found = trainer.rollout(hidden, mask, max_seq_len=6)
+    trainer.rollouts = 0
+    assert torch.equal(found.sequences, trainer.rollout(shown, mask, max_seq_len=6).sequences)
+
+
+def test_a_double_palm_trains(make_trainer, make_palm):
+    metrics = make_trainer(make_palm().double()).train(4, max_seq_len=8, update_timesteps=4, use_tqdm=False)
+    assert metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_tokenizer_beside_ids_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="leave the tokenizer out"):
+        make_trainer(tokenizer=lambda text: [1, 2])
+
+
+def test_pad_value_beside_a_list_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"pad_value \(0\)"):
+        make_trainer(pad_value=0)
+
+
+def test_value_clip_for_raw_scores_warns(make_trainer):
+    with pytest.warns(UserWarning, match=r"value_clip \(0.2\)"):
+        make_trainer(normalize_scores=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("actor_lora_r", 0),
+        ("critic_lora_r", -2),
+        ("actor_last_layers", 5),
+        ("critic_last_layers", 0),
+        ("critic_dropout", 1.0),
+    ],
+)
+def test_settings_of_a_hat_are_refused_by_their_own_name(make_trainer, setting, value):
+    with pytest.raises(ValueError, match=rf"{setting} \({value}\)"):
+        make_trainer(**{setting: value})
+
+
+def test_masked_ids_reach_neither_forward_nor_generate(make_palm):
+    palm: PaLM = make_palm().eval()
+    mask = torch.tensor([[False, True, True, True]])
+    hidden, shown = torch.tensor([[-7, 4, 2, 6]]), torch.tensor([[0, 4, 2, 6]])
+    assert torch.equal(palm(hidden, mask=mask), palm(shown, mask=mask))
+    drawn = [palm.generate(7, ids, prompt_mask=mask, temperature=0.0).tolist() for ids in (hidden, shown)]
+    assert drawn[0] == drawn[1]
