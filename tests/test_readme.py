@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from palm_rlhf_pytorch import PaLM, RewardModel
+from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-LANGUAGE_MODEL, REWARD_MODEL, TRAINER, JUDGE, OWN_LOOP = SNIPPETS
+LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP = SNIPPETS
 
 SMALL = {
     "num_tokens=20000": "num_tokens=300",
@@ -18,10 +18,12 @@ SMALL = {
     "dim=512": "dim=24",
     "depth=12": "depth=2",
     "2048": "40",
-    "1024": "19",
     "(50000, 512)": "(70, 31)",
     "num_episodes=50000": "num_episodes=70, max_seq_len=40",
-    "max_seq_len=256": "max_seq_len=40",
+    "max_seq_len=1024": "max_seq_len=40",
+    "(1, 1024": "(1, 19",
+    "torch.zeros(1, 1024)": "torch.zeros(1, 19)",
+    "num_episodes=640, max_new_tokens=64": "num_episodes=5, max_new_tokens=6",
 }
 # one answer of 64 tokens to a prompt of the printed 512, by the printed models; all of 2048 would take minutes
 ONE_UPDATE = {
@@ -87,6 +89,14 @@ def test_trainer_snippet_runs_when_reduced_and_keeps_the_trained_scores(tmp_path
     assert own.tolist() == [float((row == 7).sum()) for row in seq]
     loop = run(OWN_LOOP, SMALL, trainer=names["trainer"])
     assert loop["trainer"].episodes == 134
+
+
+def test_text_snippet_runs_when_reduced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    palm = PaLM(num_tokens=259, dim=24, depth=2)
+    names = run(ON_TEXT, SMALL, palm=palm, reward_model=RewardModel(palm), RLHFTrainer=RLHFTrainer)
+    assert names["trainer"].episodes == 5
+    assert PaLM.from_checkpoint("improved_palm.pt").config == palm.config
 
 
 @pytest.mark.slow

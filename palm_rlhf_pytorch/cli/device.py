@@ -7,7 +7,12 @@ import torch
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--device`: cuda where there is one, else cpu."""
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps; auto is cuda where there is one, else cpu",
+    )
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -16,7 +21,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
     Raises:
         ValueError: if torch knows no such device, or this machine has none.
     """
-    if args.device is None:
+    if args.device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(args.device)

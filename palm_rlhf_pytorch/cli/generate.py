@@ -22,8 +22,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="bytes to add at most")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy, 1 the model's own distribution")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the k most likely bytes")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the most likely bytes of this mass")
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", default=argparse.SUPPRESS, help="sample among the k most likely bytes"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=argparse.SUPPRESS,
+        help="sample among the most likely bytes of this mass",
+    )
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations to print")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     add_device_argument(parser)
@@ -46,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
         args.prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+        top_k=getattr(args, "top_k", None),
+        top_p=getattr(args, "top_p", None),
         num_samples=args.num_samples,
         seed=args.seed,
     )

@@ -17,7 +17,6 @@ from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.supervised import fit
 
-METRICS_FILE = "metrics.jsonl"
 PROMPT_BYTES = 32
 SAMPLE_BYTES = 200
 NUM_EVALUATIONS = 10
@@ -33,7 +32,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="UTF-8 text file")
-    parser.add_argument("--out", type=Path, default=Path("palm.pt"), help="checkpoint; metrics.jsonl goes beside it")
+    parser.add_argument("--out", type=Path, default=Path("palm.pt"), help="checkpoint; its metrics go beside it")
     parser.add_argument("--dim", type=int, default=128, help="features of a token")
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--heads", type=int, default=4, help="query heads")
@@ -84,14 +83,21 @@ def run(args: argparse.Namespace) -> int:
     print(f"held-out bits per byte after: {final['eval/bits_per_byte']:.3f}")
     prompt = ByteTokenizer().decode(held_out[:PROMPT_BYTES])
     print(f"sample: {sample_texts(palm, prompt, max_new_tokens=SAMPLE_BYTES, seed=args.seed)[0]}")
-    print(f"saved {args.out}, metrics in {args.out.with_name(METRICS_FILE)}")
+    print(f"saved {args.out}, metrics in {metrics_path(args.out)}")
     return 0
 
 
 def _metrics_beside(out: Path) -> MetricsLog:
-    """The metrics file beside the checkpoint, its folder made; a wrong path is refused here, before the work."""
+    """The metrics file of the checkpoint, empty, its folder made; a wrong path is refused here, before the work."""
     check_target(out)
-    return MetricsLog(out.with_name(METRICS_FILE))
+    path = metrics_path(out)
+    path.unlink(missing_ok=True)  # of an earlier run that wrote the same checkpoint
+    return MetricsLog(path)
+
+
+def metrics_path(out: Path) -> Path:
+    """Where the metrics of a checkpoint stand: palm.metrics.jsonl beside palm.pt."""
+    return out.with_name(f"{out.stem}.metrics.jsonl")
 
 
 def _new_palm(args: argparse.Namespace) -> PaLM:

@@ -11,7 +11,7 @@ Stiennon et al., "Learning to summarize from human feedback", https://arxiv.org/
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from palm_rlhf_pytorch.policy.prompts import one_prompt, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout, sample_answers
 from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, best_response, judge_sequences, learnt_scores
 from palm_rlhf_pytorch.policy.settings import (
-    PPOSettings,
     check_answer_arguments,
+    check_judge,
     check_rollout_arguments,
-    check_same_vocabulary,
+    check_trackers,
     check_train_arguments,
+    settings_from,
 )
 from palm_rlhf_pytorch.policy.trainer_state import load_trainer, save_trainer
 from palm_rlhf_pytorch.reward.model import RewardModel
@@ -53,7 +54,7 @@ class RLHFTrainer:
         *,
         palm: PaLM,
         reward_model: RewardModel | Judge,
-        prompt_token_ids: Tensor | Sequence[Tensor] | None = None,
+        prompt_token_ids: Tensor | Sequence[Any] | None = None,
         prompt_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         prompts: Sequence[str] | None = None,
@@ -90,15 +91,14 @@ class RLHFTrainer:
         """
         if seed < 0:
             raise ValueError(f"seed ({seed}) must be 0 or above")
-        self.settings = PPOSettings(**settings)
-        self.settings.warn()
+        self.settings = settings_from(settings)
         self.prompts = prompts_from(
             num_tokens=palm.num_tokens, seed=seed, prompt_token_ids=prompt_token_ids, prompt_mask=prompt_mask,
             prompt_lengths=prompt_lengths, pad_value=pad_value, prompts=prompts, prompts_path=prompts_path,
             tokenizer=tokenizer,
         )  # fmt: skip
-        if isinstance(reward_model, RewardModel):
-            check_same_vocabulary(palm, reward_model.palm)
+        check_judge(reward_model, palm)
+        check_trackers((accelerate_kwargs or {}).get("log_with"))
         self.seed = seed
         self.accelerator = Accelerator(**(accelerate_kwargs or {}))
         if self.accelerator.log_with:
@@ -106,9 +106,7 @@ class RLHFTrainer:
             self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **kept})
         self.metrics = MetricsLog(metrics_path, accelerator=self.accelerator)
         device = self.accelerator.device
-        if isinstance(reward_model, nn.Module):
-            reward_model.to(device)
-        self.reward_model = reward_model
+        self.reward_model = reward_model.to(device) if isinstance(reward_model, nn.Module) else reward_model
         self.actor_critic = ActorCritic(
             palm.share().to(device), generator=self._generator("adapters"), **self.settings.model_arguments()
         )
@@ -325,7 +323,7 @@ class RLHFTrainer:
         if self._is_main:
             save_trainer(self, path)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path) -> Self:
         """Go on where `save` was called, in a trainer of the same palm and settings; all is checked before any change.
 
         Raises:
@@ -333,6 +331,7 @@ class RLHFTrainer:
             ValueError: if it is no trainer's checkpoint, or that of another palm or other settings.
         """
         load_trainer(self, path)
+        return self
 
     @property
     def _is_main(self) -> bool:

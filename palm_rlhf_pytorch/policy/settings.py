@@ -2,9 +2,12 @@
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
@@ -12,8 +15,11 @@ from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.prompts import Prompts
+from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
 from palm_rlhf_pytorch.typecheck import typecheck
+
+RENAMED = {"beta_s": "entropy_coef", "kl_div_loss_weight": "kl_coef", "lam": "gae_lambda"}  # what others call them
 
 
 @typecheck
@@ -239,13 +245,50 @@ def check_answer_arguments(
     _check_eos(eos_token, palm)
 
 
-def check_same_vocabulary(palm: PaLM, judge: PaLM) -> None:
-    """Raise a ValueError unless a judge reads the token ids that palm writes."""
-    if judge.num_tokens != palm.num_tokens:
+def settings_from(given: Mapping[str, Any]) -> PPOSettings:
+    """The settings that keywords of RLHFTrainer name, with warnings of what is seldom meant.
+
+    Raises:
+        TypeError: if a keyword is unknown (with what it may have meant), or of the wrong type.
+        ValueError: if a number is out of range.
+    """
+    known = [field.name for field in fields(PPOSettings)]
+    for name in given:
+        if name not in known:
+            meant = RENAMED.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
+            hint = f"; did you mean {meant}?" if meant else "; palm_rlhf_pytorch/policy/settings.py lists all"
+            raise TypeError(f"RLHFTrainer has no argument {name!r}{hint}")
+    settings = PPOSettings(**given)
+    settings.warn()
+    return settings
+
+
+def check_judge(judge: object, palm: PaLM) -> None:
+    """Raise unless a judge can score what palm writes.
+
+    Raises:
+        TypeError: if it is a language model, not a judge.
+        ValueError: if it is a reward model of another vocabulary.
+    """
+    if isinstance(judge, PaLM):
+        raise TypeError(
+            "reward_model is a PaLM, which gives logits: make a judge of it, RewardModel(palm), and train it"
+        )
+    if isinstance(judge, RewardModel) and judge.palm.num_tokens != palm.num_tokens:
         raise ValueError(
-            f"reward_model reads {judge.num_tokens} token ids, palm writes {palm.num_tokens}: they must share a"
+            f"reward_model reads {judge.palm.num_tokens} token ids, palm writes {palm.num_tokens}: they must share a"
             " vocabulary"
         )
+
+
+def check_trackers(log_with: object) -> None:
+    """Raise an ImportError, which names the extra, for a tracker of accelerate's that is not installed."""
+    names = log_with if isinstance(log_with, list | tuple) else [log_with]
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if isinstance(name, str) and name != "all" and name not in available:
+            extra = f"palm-rlhf-pytorch[{name}]" if name in ("wandb", "tensorboard") else name
+            raise ImportError(f"log_with names {name!r}, which is not installed: pip install {extra}")
 
 
 def check_sampling_arguments(

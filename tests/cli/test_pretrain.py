@@ -32,7 +32,7 @@ def test_pretrain_learns_saves_and_logs(text, tmp_path, capsys):
     assert abs(printed_bits(printed, "before") - math.log2(259)) < 0.15
     assert printed_bits(printed, "after") < 5.0
     assert "sample: " in printed and str(out) in printed
-    records = [json.loads(line) for line in (out.parent / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (out.parent / f"{out.stem}.metrics.jsonl").read_text().splitlines()]
     assert any("eval/bits_per_byte" in record for record in records)
     assert any("train/loss" in record for record in records)
     assert main(["generate", str(out), "the ", "--max-new-tokens", "4", "--device", "cpu"]) == 0

@@ -226,6 +226,19 @@ def test_bfloat16_model_stays_near_the_float32_one(fused):
     assert float((rounded.float() - exact).norm() / exact.norm()) < 0.03
 
 
+@torch.no_grad()
+def test_bfloat16_model_tells_positions_beyond_256_apart():
+    """Bfloat16 knows 256 and 258 but not 257; positions so rounded would be .03 to .05 off here, products only .005."""
+    torch.manual_seed(0)
+    palm = PaLM(**(SMALL | {"depth": 1})).eval()
+    palm.token_emb.weight.normal_()
+    palm.layers[0].in_proj.weight.mul_(3)  # attention that is far from uniform
+    ids = torch.randint(0, 37, (1, 700))
+    exact = palm(ids)[:, 256:]
+    rounded = palm.bfloat16()(ids)[:, 256:].float()
+    assert float((rounded - exact).norm() / exact.norm()) < 0.015
+
+
 def test_a_long_call_changes_no_later_one(make_palm):
     palm = make_palm(depth=1, flash_attn=True)
     ids = torch.randint(0, 37, (1, 9))

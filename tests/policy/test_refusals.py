@@ -110,3 +110,34 @@ def test_masked_ids_reach_neither_forward_nor_generate(make_palm):
     assert torch.equal(palm(hidden, mask=mask), palm(shown, mask=mask))
     drawn = [palm.generate(7, ids, prompt_mask=mask, temperature=0.0).tolist() for ids in (hidden, shown)]
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("beta_s", "did you mean entropy_coef"), ("actr_lr", "did you mean actor_lr"), ("zzz", "settings.py lists all")],
+)
+def test_unknown_settings_are_refused_with_what_they_may_have_meant(make_trainer, name, hint):
+    with pytest.raises(TypeError, match=f"RLHFTrainer has no argument '{name}'; .*{hint}"):
+        make_trainer(**{name: 0.1})
+
+
+def test_a_palm_is_no_judge(make_trainer, make_palm):
+    with pytest.raises(TypeError, match=r"RewardModel\(palm\)"):
+        make_trainer(reward_model=make_palm())
+
+
+def test_a_missing_tracker_names_its_extra(make_trainer, monkeypatch):
+    monkeypatch.setattr("palm_rlhf_pytorch.policy.settings.get_available_trackers", list)
+    with pytest.raises(ImportError, match=r"pip install palm-rlhf-pytorch\[wandb\]"):
+        make_trainer(accelerate_kwargs={"log_with": "wandb"})
+
+
+def test_lists_of_numbers_are_refused_by_their_row(make_trainer):
+    with pytest.raises(TypeError, match="prompt 0 is a list: it must be a tensor of token ids"):
+        make_trainer(prompt_token_ids=[[1, 2], [3]])
+
+
+def test_load_gives_the_trainer_back(make_trainer, tmp_path):
+    make_trainer().save(tmp_path / "trainer.pt")
+    trainer = make_trainer()
+    assert trainer.load(tmp_path / "trainer.pt") is trainer

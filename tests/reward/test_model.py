@@ -183,6 +183,14 @@ def test_finetune_parameters_hold_the_whole_trunk_without_lora():
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
+def test_finetune_parameters_come_in_a_fixed_order(use_lora):
+    model = RewardModel(small_palm(), use_lora=use_lora)
+    trunk = list(model.adapter.parameters() if use_lora else model.palm.parameters())
+    wanted = [*trunk, model.prompt_embed, model.response_embed, model.head.weight, model.head.bias]
+    assert [id(parameter) for parameter in model.finetune_parameters()] == [id(parameter) for parameter in wanted]
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
 def test_training_leaves_the_palm_untouched(use_lora):
     palm = small_palm(causal=True, attn_dropout=0.1, finetune_scopes=("own",)).eval()
     before, flags = bits(palm), [parameter.requires_grad for parameter in palm.parameters()]

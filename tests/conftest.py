@@ -1,0 +1,15 @@
+"""What all rooms' tests share: they start from the same random states, whatever ran before them."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed the global random states."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
