@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.cli.demo_text import distinct_2
+from palm_rlhf_pytorch.cli.generate import printable
 from palm_rlhf_pytorch.palm.generation import generate_responses
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.model import RewardModel
@@ -110,9 +111,7 @@ def print_report(prompts: Sequence[str], before: Sampled, after: Sampled, summar
     for index in range(8):
         prompt = f"[{prompts[index].strip()}] "
         sides = [
-            textwrap.wrap(
-                f"{prompt}{found.texts[index].strip()}  ({float(found.gold[index]):.2f})".replace("\n", " "), 48
-            )
+            textwrap.wrap(f"{prompt}{printable(found.texts[index].strip())}  ({float(found.gold[index]):.2f})", 48)
             for found in (before, after)
         ]
         for row in range(max(map(len, sides))):

@@ -62,8 +62,13 @@ def run(args: argparse.Namespace) -> int:
     for index, text in enumerate(texts, start=1):
         if args.num_samples > 1:
             print(f"--- sample {index} of {args.num_samples}")
-        print(text)
+        print(printable(text))
     return 0
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a model may write and a terminal obeys, made visible; not line ends."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def sample_texts(

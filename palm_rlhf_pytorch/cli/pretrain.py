@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
-from palm_rlhf_pytorch.cli.generate import sample_texts
+from palm_rlhf_pytorch.cli.generate import printable, sample_texts
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.datasets import TokenStream, read_texts
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     palm.save(args.out)
     print(f"held-out bits per byte after: {final['eval/bits_per_byte']:.3f}")
     prompt = ByteTokenizer().decode(held_out[:PROMPT_BYTES])
-    print(f"sample: {sample_texts(palm, prompt, max_new_tokens=SAMPLE_BYTES, seed=args.seed)[0]}")
+    sample = sample_texts(palm, prompt, max_new_tokens=SAMPLE_BYTES, seed=args.seed)[0]
+    print(f"sample: {printable(sample)}")
     print(f"saved {args.out}, metrics in {metrics_path(args.out)}")
     return 0
 

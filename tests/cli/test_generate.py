@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palm_rlhf_pytorch.cli.generate import sample_texts
+from palm_rlhf_pytorch.cli.generate import printable, sample_texts
 from palm_rlhf_pytorch.cli.main import main
 from palm_rlhf_pytorch.palm.transformer import PaLM
 
@@ -24,6 +24,10 @@ def test_generate_prints_the_prompt_with_each_sample(checkpoint, capsys):
     assert main(["generate", checkpoint, "Hé", "--max-new-tokens", "5", "--num-samples", "3", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("--- sample") == 3 and printed.count("\nHé") == 3
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2J\tb\nç\x00") == "a\N{REPLACEMENT CHARACTER}[2J\tb\nç\N{REPLACEMENT CHARACTER}"
 
 
 def test_generate_repeats_with_its_seed(checkpoint, capsys):
