@@ -101,7 +101,7 @@ def test_quick_demo_runs_all_stages_and_writes_what_it_says(tmp_path, capsys):
     palm, improved = PaLM.from_checkpoint(out / "palm.pt"), PaLM.from_checkpoint(out / "improved_palm.pt")
     assert improved.config == palm.config
     assert any(not torch.equal(a, b) for a, b in zip(palm.parameters(), improved.parameters(), strict=True))
-    assert RewardModel(palm).load(out / "reward_model.pt")(torch.tensor([[7, 8, 9]])).shape == (1,)
+    assert RewardModel.from_checkpoint(out / "reward_model.pt")(torch.tensor([[7, 8, 9]])).shape == (1,)
     printed = capsys.readouterr().out
     for line in ("bits per byte", "held-out pairs", "gold score", "KL to the reference", "EOS rate", "distinct-2"):
         assert line in printed

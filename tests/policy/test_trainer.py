@@ -144,6 +144,7 @@ def test_each_prompt_is_learnt_from_before_any_comes_again(make_trainer):
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+@pytest.mark.filterwarnings("ignore:value_clip:UserWarning")
 def test_constant_score_teaches_nothing(make_trainer):
     """Unnormalised, a constant score with EOS and a zero critic teaches length."""
     trainer = make_trainer(reward_model=lambda seq, **masks: torch.full((len(seq),), 2.0), missing_eos_penalty=None)
