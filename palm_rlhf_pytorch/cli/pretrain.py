@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable, sample_texts
@@ -55,7 +55,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if a text is not UTF-8, there is too little of it, or an option is out of range.
     """
     device = device_of(args)
-    train, held_out = held_out_tails(read_texts(args.texts), args.held_out)
+    if args.steps < 1 or not args.lr > 0:
+        raise ValueError(f"--steps {args.steps} must be at least 1, and --lr {args.lr} above 0")
+    texts = read_texts(args.texts)
+    for path, text in zip(args.texts, texts, strict=True):
+        if not text:
+            raise ValueError(f"{path} is empty: leave it out")
+    train, held_out = held_out_tails(texts, args.held_out)
     stream = TokenStream(train, length=args.length, batch_size=args.batch_size, seed=args.seed)
     metrics = _metrics_beside(args.out)
     palm = _new_palm(args).to(device)
@@ -68,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"held-out bits per byte before: {evaluate()['eval/bits_per_byte']:.3f}")
     final = fit(
-        NextTokenModel(palm),
-        stream,
+        palm,
+        ({**batch, "return_loss": True} for batch in stream),
         num_steps=args.steps,
         lr=args.lr,
         weight_decay=0.1,
@@ -110,18 +116,6 @@ def _new_palm(args: argparse.Namespace) -> PaLM:
         heads=args.heads,
         dim_head=args.dim_head,
     )
-
-
-class NextTokenModel(nn.Module):
-    """A PaLM whose forward is its loss, as `fit` wants it."""
-
-    def __init__(self, palm: PaLM) -> None:
-        super().__init__()
-        self.palm = palm
-
-    def forward(self, seq: Tensor) -> Tensor:
-        """Mean next-token loss of ids (b, n), nats."""
-        return self.palm(seq, return_loss=True)
 
 
 def held_out_tails(texts: Sequence[str], held_out: float) -> tuple[Tensor, Tensor]:

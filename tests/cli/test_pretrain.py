@@ -52,24 +52,28 @@ def test_pretrain_repeats_with_its_seed(text, tmp_path):
         (["--held-out", "1.5"], "held_out (1.5)"),
         (["--dim-head", "7"], "dim_head (7)"),
         (["--batch-size", "0"], "batch_size (0)"),
-        (["--steps", "0"], "0"),
-        (["--lr", "-1"], "-1"),
+        (["--steps", "0"], "--steps 0"),
+        (["--lr", "-1"], "--lr -1.0"),
         (["--device", "abacus"], "--device abacus"),
     ],
 )
 def test_pretrain_refuses_bad_options_and_writes_no_model(text, tmp_path, capsys, options, message):
     out = tmp_path / "run" / "palm.pt"
     assert main(["pretrain", text, "--out", str(out), "--device", "cpu", *TINY, *options]) == 2
-    error = capsys.readouterr().err
-    assert "palm-rlhf pretrain: error: " in error and message in error
+    printed = capsys.readouterr()
+    assert "palm-rlhf pretrain: error: " in printed.err and message in printed.err
+    assert "bits per byte after" not in printed.out
     assert not out.exists()
 
 
 def test_pretrain_refuses_files_it_cannot_use(text, tmp_path, capsys):
     broken = tmp_path / "broken.txt"
     broken.write_bytes(b"ab\xff")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
     for path, message in [
         (str(broken), "offset 2"),
+        (str(empty), "empty.txt is empty"),
         (str(tmp_path / "none.txt"), "none.txt"),
         (str(tmp_path), "folder"),
     ]:
