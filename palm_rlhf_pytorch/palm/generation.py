@@ -157,6 +157,7 @@ def continue_prompts(
     prompt: Tensor | None,
     *,
     prompt_mask: Tensor | None,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -172,6 +173,8 @@ def continue_prompts(
         raise ValueError("generate: a model with causal=False cannot generate; build it with causal=True")
     if seq_len < 1:
         raise ValueError(f"seq_len ({seq_len}) counts tokens of prompt and response: it must be at least 1")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1, or None")
     if eos_token is not None and not 0 <= eos_token < model.num_tokens:
         raise ValueError(f"eos_token ({eos_token}) must be from 0 to {model.num_tokens - 1}, or None")
     check_length(seq_len, model.max_length, name="seq_len")
@@ -184,9 +187,10 @@ def continue_prompts(
         if seq_len == 1:
             return begun
     prompts = check_prompts(begun, prompt_mask, num_tokens=model.num_tokens, seq_len=seq_len, device=model.device)
-    with tqdm(total=int(prompts.room.max()), disable=not use_tqdm, desc="generate", leave=False) as bar:
+    room = prompts.room if max_new_tokens is None else prompts.room.clamp(max=max_new_tokens)
+    with tqdm(total=int(room.max()), disable=not use_tqdm, desc="generate", leave=False) as bar:
         out = generate_responses(
-            model, prompts.ids, prompts.mask, max_new_tokens=prompts.room, temperature=temperature, top_k=top_k,
+            model, prompts.ids, prompts.mask, max_new_tokens=room, temperature=temperature, top_k=top_k,
             top_p=top_p, eos_token=eos_token, generator=generator, adapter=adapter, on_step=bar.update,
         )  # fmt: skip
     new = out.tokens.masked_fill(~out.mask, pad_value)

@@ -208,9 +208,10 @@ class PaLM(nn.Module):
     @typecheck
     def generate(
         self, seq_len: int, prompt: Tensor | None = None, *, prompt_mask: Tensor | None = None,
-        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, eos_token: int | None = None,
-        pad_value: int = 0, generator: torch.Generator | None = None, use_tqdm: bool = False,
-        finetune_scope: str | None = None, disable_lora: bool = False,
+        max_new_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, eos_token: int | None = None, pad_value: int = 0,
+        generator: torch.Generator | None = None, use_tqdm: bool = False, finetune_scope: str | None = None,
+        disable_lora: bool = False,
     ) -> Tensor:  # fmt: skip
         """Continue a prompt until its row has seq_len tokens in all, or ends with eos_token.
 
@@ -218,6 +219,7 @@ class PaLM(nn.Module):
             seq_len: tokens of prompt and response together, for each row.
             prompt: ids (n,) or (b, n); None starts one row from a random token.
             prompt_mask: True on real prompt tokens, of prompt's shape, for unequal prompts padded on either side.
+            max_new_tokens: tokens of the response, if that is to be less.
             temperature: 0 is greedy, 1 the model's own distribution.
             top_k: sample among the k most likely tokens.
             top_p: sample among the most likely tokens that together have this mass.
@@ -239,8 +241,8 @@ class PaLM(nn.Module):
                 distribution.
         """
         return continue_prompts(
-            self, seq_len, prompt, prompt_mask=prompt_mask, temperature=temperature, top_k=top_k, top_p=top_p,
-            eos_token=eos_token, pad_value=pad_value, generator=generator, use_tqdm=use_tqdm,
+            self, seq_len, prompt, prompt_mask=prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, eos_token=eos_token, pad_value=pad_value, generator=generator, use_tqdm=use_tqdm,
             adapter=self.finetune_modules.chosen(finetune_scope, disabled=disable_lora),
         )  # fmt: skip
 

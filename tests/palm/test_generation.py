@@ -247,6 +247,14 @@ def test_seq_len_counts_the_prompt(make_palm):
     assert palm.generate(6, torch.tensor([1, 2, 3, 4, 5])).shape == (1,)
 
 
+def test_max_new_tokens_bounds_the_response_within_seq_len(make_palm):
+    palm, prompt = make_palm(), torch.tensor([[3, 1, 4]])
+    assert [palm.generate(9, prompt, max_new_tokens=count).shape[1] for count in (1, 4, 6, 50)] == [1, 4, 6, 6]
+    assert palm.generate(9, max_new_tokens=2).shape == (1, 3)  # with the random token it starts from
+    with pytest.raises(ValueError, match=r"max_new_tokens \(0\)"):
+        palm.generate(9, prompt, max_new_tokens=0)
+
+
 def test_a_single_prompt_takes_a_mask_too(make_palm):
     palm = make_palm()
     masked = palm.generate(9, torch.tensor([0, 0, 4, 5]), prompt_mask=torch.tensor([0, 0, 1, 1]).bool(), temperature=0)
