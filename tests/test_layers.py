@@ -22,7 +22,7 @@ TREE = [
     (2, "palm", "inputs sampling generation pretrained config scopes copying block transformer"),
     (3, "reward", "settings texts model functions rules constitution"),
     (4, "policy", "prompts settings actor_critic rollout scores learning diagnostics trainer_state ppo grpo dpo"),
-    (5, "cli", "device generate pretrain demo_text demo_report demo main"),
+    (5, "cli", "device generate pretrain demo_text demo_report demo_pairs demo main"),
     (5, "", "ppo"),
     (5, "", "__init__"),
     (6, "", "__main__"),

@@ -7,17 +7,15 @@
 """
 
 import argparse
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
+from palm_rlhf_pytorch.cli.demo_pairs import pair_accuracy, pair_batches, sample_pairs, split_pairs
 from palm_rlhf_pytorch.cli.demo_report import Sampled, print_report, sample_responses, summarize, write_json
 from palm_rlhf_pytorch.cli.demo_text import DemoText, demo_text, gold_score, prompts_of
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
@@ -25,7 +23,6 @@ from palm_rlhf_pytorch.cli.pretrain import bits_per_byte
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.reward.model import RewardModel
-from palm_rlhf_pytorch.tensors import pad_ragged
 from palm_rlhf_pytorch.text.datasets import TokenStream
 from palm_rlhf_pytorch.text.pydocs import python_documentation
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
@@ -180,22 +177,16 @@ def pretrain(text: DemoText, plan: Plan, *, device: torch.device, seed: int, out
     return palm, after
 
 
-class Pair(NamedTuple):
-    """Ids of two texts with one prompt, the one the judge preferred first, and the prompt's tokens."""
-
-    chosen: Tensor
-    rejected: Tensor
-    prompt_length: int
-
-
 def train_reward_model(
     palm: PaLM, text: DemoText, prompts: Sequence[str], plan: Plan, *, seed: int, out: Path
 ) -> tuple[RewardModel, float]:
-    """Stage 2: a reward model from pair labels alone, and its accuracy on held-out pairs."""
-    pairs = sample_pairs(palm, text, prompts, plan, seed=seed)
-    held_out, train = pairs[: plan.held_out_pairs], pairs[plan.held_out_pairs :]
+    """Stage 2: a reward model from pair labels alone, and its accuracy on held-out pairs of other prompts."""
+    pairs = sample_pairs(
+        palm, text.words, prompts, num_pairs=plan.num_pairs, max_new_tokens=plan.max_new_tokens, seed=seed
+    )
+    train, held_out = split_pairs(pairs, plan.held_out_pairs)
     model = RewardModel(palm, use_lora=False)
-    batches = list(_pair_batches(train, plan, seed=seed))
+    batches = list(pair_batches(train, epochs=plan.reward_epochs, batch_size=plan.reward_batch_size, seed=seed))
     fit(
         model,
         batches,
@@ -208,76 +199,11 @@ def train_reward_model(
     )
     accuracy = pair_accuracy(model.eval(), held_out)
     print(
-        f"2/4 reward model: {accuracy:.2f} of {len(held_out)} held-out pairs in the judge's order"
+        f"2/4 reward model: {accuracy:.2f} of {len(held_out)} held-out pairs, of other prompts, in the judge's order"
         f" ({len(train)} pairs trained on)"
     )
     model.save(out / "reward_model.pt")
     return model, accuracy
-
-
-def sample_pairs(palm: PaLM, text: DemoText, prompts: Sequence[str], plan: Plan, *, seed: int) -> list[Pair]:
-    """Two responses to each prompt, in the gold judge's order.
-
-    Two that it holds equal give no pair; nor do two of unequal length, from which a judge would learn that a short
-    answer is the easiest good one.
-    """
-    chance = random.Random(seed)
-    generator = torch.Generator(palm.token_emb.weight.device).manual_seed(seed)
-    pairs: list[Pair] = []
-    with tqdm(total=plan.num_pairs, desc="2/4 sample pairs", unit="pair") as bar:
-        for attempt in range(plan.num_pairs):
-            if len(pairs) >= plan.num_pairs:
-                break
-            if attempt == 32 and len(pairs) < plan.num_pairs / 8:  # far fewer than one in five
-                raise ValueError(
-                    f"only {len(pairs)} usable pairs among {attempt * 128}: the model has learnt too little"
-                )
-            batch = [chance.choice(prompts) for _ in range(128)]
-            two = [
-                sample_responses(palm, batch, max_new_tokens=plan.max_new_tokens, generator=generator) for _ in range(2)
-            ]
-            for index, prompt in enumerate(batch):
-                first, second = (
-                    gold_score(found.texts[index], text.words, ended=bool(found.ended[index])) for found in two
-                )
-                lengths = sorted(len(found.ids[index]) for found in two)
-                if abs(first - second) < 0.1 or lengths[0] < 0.9 * lengths[1]:
-                    continue
-                chosen, rejected = (two[0], two[1]) if first > second else (two[1], two[0])
-                ids = TOKENIZER.encode(prompt)
-                pairs.append(Pair(torch.cat((ids, chosen.ids[index])), torch.cat((ids, rejected.ids[index])), len(ids)))
-            bar.update(min(len(pairs), plan.num_pairs) - bar.n)
-    return pairs[: plan.num_pairs]
-
-
-def _pair_batches(pairs: Sequence[Pair], plan: Plan, *, seed: int) -> Iterator[dict[str, Any]]:
-    """Batches over all pairs, shuffled each epoch."""
-    chance = random.Random(seed)
-    for _ in range(plan.reward_epochs):
-        order = chance.sample(list(pairs), len(pairs))
-        for start in range(0, len(order) - plan.reward_batch_size + 1, plan.reward_batch_size):
-            yield _pair_batch(order[start : start + plan.reward_batch_size])
-
-
-def _pair_batch(pairs: Sequence[Pair]) -> dict[str, Any]:
-    chosen, mask = pad_ragged([pair.chosen for pair in pairs], pad_value=TOKENIZER.pad_token)
-    rejected, rejected_mask = pad_ragged([pair.rejected for pair in pairs], pad_value=TOKENIZER.pad_token)
-    lengths = torch.tensor([pair.prompt_length for pair in pairs])
-    return {
-        "seq": chosen, "mask": mask, "prompt_lengths": lengths,
-        "rejected": rejected, "rejected_mask": rejected_mask, "rejected_prompt_lengths": lengths,
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def pair_accuracy(model: RewardModel, pairs: Sequence[Pair]) -> float:
-    """Share of pairs whose preferred text has the higher score."""
-    device = model.head.weight.device
-    batch = {name: value.to(device) for name, value in _pair_batch(pairs).items()}
-    lengths = batch["prompt_lengths"]
-    chosen = model(batch["seq"], batch["mask"], prompt_lengths=lengths)
-    rejected = model(batch["rejected"], batch["rejected_mask"], prompt_lengths=lengths)
-    return float((chosen > rejected).float().mean())
 
 
 def improve(palm: PaLM, reward_model: RewardModel, prompts: Sequence[str], plan: Plan, *, seed: int, out: Path) -> PaLM:

@@ -186,14 +186,6 @@ class ActorCritic(nn.Module):
         )
         return Observation(policy.logprobs, policy.values, ref_logprobs, kl.reshape(ref_logprobs.shape))
 
-    @torch.no_grad()
-    def reference_logprobs(
-        self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float = 1.0
-    ) -> Tensor:
-        """Log-probabilities (nats) of the same tokens under the reference, the trunk without any hat, (b, t)."""
-        hidden = self.palm.embed(sequences, dropout=0.0)
-        return self._logprobs(self.palm, hidden, sequences, prompt_lengths, response_length, temperature)[0]
-
     def _output(
         self, hidden: Tensor, sequences: Tensor, prompt_lengths: Tensor, length: int, temperature: float
     ) -> PolicyOutput:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import PaLM, RewardModel
+from palm_rlhf_pytorch.cli.demo_pairs import Pair, split_pairs
 from palm_rlhf_pytorch.cli.demo_report import Sampled, summarize
 from palm_rlhf_pytorch.cli.demo_text import demo_text, distinct_2, gold_score, prompts_of
 from palm_rlhf_pytorch.cli.main import main
@@ -79,6 +80,19 @@ def test_summary_gives_means_and_the_paired_standard_error():
     assert (summary["length_before"], summary["length_after"]) == (3.0, 4.5)
     assert summary["eos_rate_after"] == 0.5
     assert (summary["seed"], summary["n"]) == (4, 2)
+
+
+def test_held_out_pairs_have_prompts_that_were_not_trained_on():
+    def pair(*ids, prompt_length):
+        return Pair(torch.tensor(ids), torch.tensor([*ids, 9]), prompt_length)
+
+    held = [pair(1, 2, 5, prompt_length=2), pair(1, 3, 5, prompt_length=2), pair(1, 2, 5, prompt_length=3)]
+    trained = [pair(1, 2, 7, prompt_length=2), pair(4, 4, 4, prompt_length=1)]
+    train, held_out = split_pairs(held + trained, 3)
+    assert train == trained
+    assert held_out == held[1:]  # the first has the prompt (1, 2) of a pair trained on
+    with pytest.raises(ValueError, match="give more prompts"):
+        split_pairs([held[0], trained[0]], 1)
 
 
 KEYS = {

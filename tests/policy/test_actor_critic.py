@@ -25,7 +25,7 @@ def logprobs_by_hand(palm, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_reference_logprobs_are_those_of_the_palm(make_palm, temperature):
     palm = make_palm()
-    found = ActorCritic(palm).reference_logprobs(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature)
+    found = ActorCritic(palm).observe(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature).ref_logprobs
     expected = logprobs_by_hand(palm, temperature)
     torch.testing.assert_close(found[MASK].double(), expected[MASK], atol=1e-5, rtol=0)
 
@@ -36,7 +36,7 @@ def test_actor_logprobs_are_those_of_the_exported_palm(make_palm, move, lora, te
     actor_critic = move(ActorCritic(make_palm(), actor_lora=lora))
     found = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature).logprobs
     expected = logprobs_by_hand(actor_critic.export_palm(), temperature)
-    reference = actor_critic.reference_logprobs(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature)
+    reference = actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature).ref_logprobs
     torch.testing.assert_close(found[MASK].double(), expected[MASK], atol=1e-4, rtol=0)
     assert (found - reference)[MASK].abs().max() > 0.05
 
@@ -45,7 +45,7 @@ def test_actor_logprobs_are_those_of_the_exported_palm(make_palm, move, lora, te
 def test_actor_and_reference_are_the_same_to_the_bit_before_training(make_palm, lora):
     actor_critic = ActorCritic(make_palm(), actor_lora=lora, critic_lora=lora)
     found = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4).logprobs
-    assert torch.equal(found, actor_critic.reference_logprobs(SEQUENCES, PROMPT_LENGTHS, 4))
+    assert torch.equal(found, actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4).ref_logprobs)
 
 
 def test_entropy_is_that_of_the_tempered_distribution(make_palm):

@@ -185,7 +185,7 @@ def test_batches_of_unequal_length_are_joined(make_palm, move):
     mask = rollout.response_mask
     torch.testing.assert_close(rollout.logprobs, out.logprobs * mask, atol=1e-5, rtol=0)
     torch.testing.assert_close(rollout.values, out.values * mask, atol=1e-5, rtol=0)
-    reference = actor_critic.reference_logprobs(rollout.sequences, rollout.prompt_lengths, 6)
+    reference = actor_critic.observe(rollout.sequences, rollout.prompt_lengths, 6).ref_logprobs
     torch.testing.assert_close(rollout.ref_logprobs, reference * mask, atol=1e-5, rtol=0)
 
 
