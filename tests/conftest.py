@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processor import cap_instruction_set
+
+cap_instruction_set()
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
