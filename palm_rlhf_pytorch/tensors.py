@@ -1,4 +1,4 @@
-"""Masked statistics, ragged batches, and log-probabilities of chosen tokens.
+"""Masked statistics, and ragged batches.
 
 Pure functions of tensors. Masks are bool and True where an element counts; what a mask hides never reaches a result or
 a gradient, be it NaN. Knows no model, no loss and no process group: statistics over several ranks come in through a
@@ -6,20 +6,10 @@ a gradient, be it NaN. Knows no model, no loss and no process group: statistics 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-
-class ChosenLogprobs(NamedTuple):
-    """Log-probabilities of chosen tokens, and the entropy of the distributions they were chosen from, both in nats."""
-
-    logprobs: Tensor
-    entropy: Tensor
 
 
 class Moments(NamedTuple):
@@ -28,74 +18,6 @@ class Moments(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     mean: Tensor
     var: Tensor
-
-
-def chosen_logprobs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, *, temperature: float = 1.0, chunk_size: int = 1024
-) -> ChosenLogprobs:
-    """Log-probability of each id under softmax(hidden @ weight.T / temperature), and that distribution's entropy.
-
-    Works through the tokens in chunks and recomputes a chunk's logits in the backward pass, so that no more than
-    (chunk_size, v) logits exist at a time. The product is taken in weight's dtype, as a model's own logits are; all
-    that follows is in float32 (float64 stays). It is the one path for old, new and reference log-probabilities, so that
-    their ratio is exactly 1 before the first step.
-
-    Args:
-        hidden: features after the model's last norm, (..., d).
-        weight: output embedding, (v, d).
-        ids: the chosen tokens, in [0, v), (...). The caller has checked the range.
-        temperature: divides the logits; above 0. The temperature of sampling belongs in every log-probability.
-        chunk_size: tokens worked on at a time.
-
-    Returns:
-        ChosenLogprobs with `logprobs` and `entropy`, in nats, both (...) and differentiable.
-
-    Raises:
-        ValueError: if shapes do not fit, or temperature or chunk_size is not positive.
-        TypeError: if ids are not integers.
-    """
-    if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[-1:]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (..., d) and (v, d) with one d"
-        )
-    if hidden.shape[:-1] != ids.shape:
-        raise ValueError(f"ids {tuple(ids.shape)} must be hidden {tuple(hidden.shape)} without its last axis")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
-    _check_ids(ids)
-    _check_temperature(temperature)
-    compute = partial(_chunk_logprobs, temperature=temperature)
-    if torch.is_grad_enabled():
-        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-    chunks = zip(hidden.reshape(-1, hidden.shape[-1]).split(chunk_size), ids.reshape(-1).split(chunk_size), strict=True)
-    logprobs, entropy = zip(*(compute(part, weight, chosen) for part, chosen in chunks), strict=True)
-    return ChosenLogprobs(torch.cat(logprobs).reshape(ids.shape), torch.cat(entropy).reshape(ids.shape))
-
-
-def logprobs_of(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Log-probability (nats) of each id under softmax(logits / temperature), in float32.
-
-    log p = logit - logsumexp(logits), both over the temperature: exact far into the tail, where a probability clamped
-    above 0 would be constant and without gradient.
-
-    Args:
-        logits: (..., v).
-        ids: the chosen tokens, in [0, v), (...). The caller has checked the range.
-        temperature: divides the logits; above 0.
-
-    Returns:
-        (...), float32 (float64 stays).
-
-    Raises:
-        ValueError: if ids have not the shape of logits without its last axis, or temperature is not positive.
-        TypeError: if ids are not integers.
-    """
-    if logits.shape[:-1] != ids.shape:
-        raise ValueError(f"ids {tuple(ids.shape)} must be logits {tuple(logits.shape)} without its last axis")
-    _check_ids(ids)
-    _check_temperature(temperature)
-    scaled = at_least_float32(logits) / temperature
-    return scaled.gather(-1, ids.long()[..., None])[..., 0] - scaled.logsumexp(dim=-1)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
@@ -266,26 +188,25 @@ def check_token_ids(ids: Tensor, num_tokens: int, *, name: str, allow_negative: 
     )
 
 
-def split_rows(lengths: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
-    """Cut rows, in their order, into batches of at most max_rows whose padded size stays within max_tokens.
+def split_rows(lengths: Sequence[int], *, max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Cut rows into batches of similar length, so that little is padding; the longest come first.
 
     Args:
-        lengths: tokens of each row, (b,).
+        lengths: tokens of each row, (b,), as numbers: asking a device for each batch would make it wait.
         max_rows: rows of a batch.
-        max_tokens: rows times the longest of them; a longer row is a batch of its own.
+        max_tokens: rows times the longest of them; a longer row is a batch of its own. None for no limit.
 
     Returns:
-        Row numbers of each batch, on the device of lengths.
+        Row numbers of each batch, rising within it. Together they hold every row once.
     """
     batches: list[list[int]] = []
-    longest = 0
-    for row, length in enumerate(lengths.tolist()):
-        longest = max(longest, length)
-        if not batches or len(batches[-1]) == max_rows or (len(batches[-1]) + 1) * longest > max_tokens:
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        size = len(batches[-1]) + 1 if batches else 1
+        full = not batches or size > max_rows
+        if full or (max_tokens is not None and size * lengths[batches[-1][0]] > max_tokens):
             batches.append([])
-            longest = length
         batches[-1].append(row)
-    return [torch.tensor(batch, device=lengths.device) for batch in batches]
+    return [sorted(batch) for batch in batches]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -306,12 +227,6 @@ def check_masked(mask: Tensor, **tensors: Tensor) -> None:
     check_same_shape(**tensors, mask=mask)
 
 
-def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = at_least_float32(F.linear(hidden.to(weight.dtype), weight)) / temperature
-    logprobs = logits - logits.logsumexp(dim=-1, keepdim=True)
-    return logprobs.gather(-1, ids.long()[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(dim=-1)
-
-
 def _zero_outside(x: Tensor, mask: Tensor) -> Tensor:
     # Not x * mask: a NaN or an infinity under the mask would come through.
     return at_least_float32(x).masked_fill(~mask, 0.0)
@@ -320,13 +235,3 @@ def _zero_outside(x: Tensor, mask: Tensor) -> Tensor:
 def _check_bool(mask: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: it must be torch.bool, True where an element counts (mask.bool())")
-
-
-def _check_ids(ids: Tensor) -> None:
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"ids are {ids.dtype}: token ids must be integers (ids.long())")
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature ({temperature}) must be above 0: greedy choice has no log-probabilities")

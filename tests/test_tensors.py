@@ -1,135 +1,20 @@
-"""Masked statistics, ragged batches and log-probabilities: by hand, and against the plain route."""
+"""Masked statistics and ragged batches: by hand."""
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from palm_rlhf_pytorch.tensors import (
-    chosen_logprobs,
     lengths_to_mask,
-    logprobs_of,
     masked_mean,
     masked_moments,
     masked_whiten,
     pad_ragged,
+    split_rows,
 )
 
 NAN = float("nan")
-
-
-def random_head(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 5, 7, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(11, 7, generator=generator).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(11, (3, 5), generator=generator)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 4, 15, 1024])
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_chosen_logprobs_equal_log_softmax_with_gradients(chunk_size: int, temperature: float) -> None:
-    hidden, weight, ids = random_head()
-    chosen = chosen_logprobs(hidden, weight, ids, temperature=temperature, chunk_size=chunk_size)
-    plain = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
-    expected = plain.gather(-1, ids[..., None])[..., 0]
-    expected_entropy = torch.distributions.Categorical(logits=plain).entropy()
-    torch.testing.assert_close(chosen.logprobs, expected)
-    torch.testing.assert_close(chosen.entropy, expected_entropy)
-    factor = torch.linspace(-1, 2, 15).reshape(3, 5)
-    grads = torch.autograd.grad((chosen.logprobs * factor + chosen.entropy).sum(), (hidden, weight))
-    expected_grads = torch.autograd.grad((expected * factor + expected_entropy).sum(), (hidden, weight))
-    torch.testing.assert_close(grads, expected_grads)
-
-
-def test_chosen_logprobs_of_bfloat16_weights_are_float32() -> None:
-    hidden, weight, ids = random_head(torch.bfloat16)
-    chosen = chosen_logprobs(hidden, weight, ids, temperature=0.7, chunk_size=4)
-    plain = torch.log_softmax((hidden @ weight.T).float() / 0.7, dim=-1)
-    assert chosen.logprobs.dtype == chosen.entropy.dtype == torch.float32
-    torch.testing.assert_close(chosen.logprobs, plain.gather(-1, ids[..., None])[..., 0])
-    chosen.logprobs.sum().backward()
-    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16 and weight.grad.isfinite().all()
-
-
-def test_chosen_logprobs_are_the_same_bits_with_and_without_gradient() -> None:
-    hidden, weight, ids = random_head()
-    with torch.no_grad():
-        old = chosen_logprobs(hidden, weight, ids, chunk_size=4).logprobs
-    assert torch.equal(old, chosen_logprobs(hidden, weight, ids, chunk_size=4).logprobs)
-
-
-def test_chosen_logprobs_keep_no_logits_for_the_backward_pass() -> None:
-    hidden, weight, ids = random_head()
-    kept: list[tuple[int, ...]] = []
-
-    def record(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        chosen_logprobs(hidden, weight, ids, chunk_size=4)
-    assert not [shape for shape in kept if len(shape) == 2 and shape[-1] == 11 and shape != (11, 7)]
-
-
-def test_chosen_logprobs_of_no_token_are_empty() -> None:
-    hidden, weight, ids = random_head()
-    chosen = chosen_logprobs(hidden[:0], weight, ids[:0])
-    assert chosen.logprobs.shape == (0, 5)
-    chosen.logprobs.sum().backward()
-
-
-def test_entropy_of_uniform_distribution_is_plus_its_logarithm() -> None:
-    chosen = chosen_logprobs(torch.zeros(1, 3), torch.ones(8, 3), torch.tensor([5]))
-    torch.testing.assert_close(chosen.entropy, torch.tensor([2.0794415417]))
-    torch.testing.assert_close(chosen.logprobs, torch.tensor([-2.0794415417]))
-
-
-def test_logprobs_are_exact_in_the_tail_with_gradient() -> None:
-    logits = torch.tensor([[0.0, -60.0]], requires_grad=True)
-    logprobs = logprobs_of(logits, torch.tensor([1]))
-    assert logprobs.item() == -60.0
-    (grad,) = torch.autograd.grad(logprobs.sum(), logits)
-    assert grad.tolist() == [[-1.0, 1.0]]
-    chosen = chosen_logprobs(logits, torch.eye(2), torch.tensor([1])).logprobs
-    assert chosen.item() == -60.0
-    (grad,) = torch.autograd.grad(chosen.sum(), logits)
-    assert grad.tolist() == [[-1.0, 1.0]]
-
-
-def test_logprobs_divide_logits_by_the_temperature() -> None:
-    logits = torch.tensor([[math.log(0.5), math.log(0.3), math.log(0.2)]])
-    # At temperature 1/2 probabilities are squared: .25, .09, .04 of .38.
-    logprobs = logprobs_of(logits, torch.tensor([1]), temperature=0.5)
-    torch.testing.assert_close(logprobs, torch.tensor([math.log(0.09 / 0.38)]))
-
-
-def test_logprobs_of_half_precision_logits_are_float32() -> None:
-    logprobs = logprobs_of(torch.zeros(2, 20_000, dtype=torch.float16), torch.tensor([0, 19_999]))
-    torch.testing.assert_close(logprobs, torch.full((2,), -math.log(20_000)))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
-def test_logprobs_refuse_temperature_not_above_zero(temperature: float) -> None:
-    hidden, weight, ids = random_head()
-    with pytest.raises(ValueError, match="temperature"):
-        chosen_logprobs(hidden, weight, ids, temperature=temperature)
-    with pytest.raises(ValueError, match="temperature"):
-        logprobs_of(hidden, ids, temperature=temperature)
-
-
-def test_logprobs_refuse_shapes_that_do_not_fit() -> None:
-    hidden, weight, ids = random_head()
-    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5, 7\)"):
-        logprobs_of(hidden, ids[:, :4])
-    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5, 7\)"):
-        chosen_logprobs(hidden, weight, ids[:, :4])
-    with pytest.raises(ValueError, match=r"\(3, 5, 7\).*\(7, 11\)"):
-        chosen_logprobs(hidden, weight.T, ids)
-    with pytest.raises(ValueError, match="chunk_size"):
-        chosen_logprobs(hidden, weight, ids, chunk_size=0)
-    with pytest.raises(TypeError, match="float32"):
-        logprobs_of(hidden, ids.float())
 
 
 def test_masked_mean_counts_true_elements_only() -> None:
@@ -261,3 +146,12 @@ def test_lengths_out_of_range_are_refused() -> None:
         lengths_to_mask(torch.tensor([[1]]), 3)
     with pytest.raises(TypeError, match="float32"):
         lengths_to_mask(torch.tensor([1.0]), 3)
+
+
+def test_rows_of_similar_length_share_a_batch() -> None:
+    lengths = [3, 9, 4, 1, 8, 4]
+    assert split_rows(lengths, max_rows=2) == [[1, 4], [2, 5], [0, 3]]
+    assert split_rows(lengths, max_rows=6, max_tokens=13) == [[1], [4], [0, 2, 5], [3]]
+    assert split_rows(lengths, max_rows=6, max_tokens=1) == [[1], [4], [2], [5], [0], [3]]  # alone, a row always fits
+    assert split_rows(lengths, max_rows=6) == [[0, 1, 2, 3, 4, 5]]
+    assert split_rows([], max_rows=3) == []

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.cli.demo_text import distinct_2
 from palm_rlhf_pytorch.cli.generate import printable
+from palm_rlhf_pytorch.logprobs import chosen_logprobs
 from palm_rlhf_pytorch.palm.generation import generate_responses
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.model import RewardModel
-from palm_rlhf_pytorch.tensors import chosen_logprobs, pad_ragged
+from palm_rlhf_pytorch.tensors import pad_ragged
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import replacing
 

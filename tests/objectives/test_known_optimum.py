@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.logprobs import logprobs_of
 from palm_rlhf_pytorch.objectives.advantage import gae, shaped_rewards
 from palm_rlhf_pytorch.objectives.policy_gradient import kl_abs, kl_exact, kl_k2, kl_k3, policy_loss, value_loss
-from palm_rlhf_pytorch.tensors import logprobs_of, masked_whiten
+from palm_rlhf_pytorch.tensors import masked_whiten
 
 NUM_CONTEXTS, NUM_ACTIONS, BATCH, NUM_ROLLOUTS, NUM_EPOCHS, LR = 2, 6, 512, 300, 4, 0.02
 

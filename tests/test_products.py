@@ -1,0 +1,121 @@
+"""Products by oneDNN against torch's own, their gradients, and what happens where oneDNN is missing or wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from palm_rlhf_pytorch import products
+from palm_rlhf_pytorch.products import linear, onednn_works, pack
+
+
+@pytest.fixture
+def always_large(monkeypatch):
+    """Every product counts as large, on a processor that MKL is slow on: small ones show what large ones do there."""
+    monkeypatch.setattr(products, "LARGE", 0)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+
+
+@pytest.fixture
+def fresh_probe():
+    onednn_works.cache_clear()
+    yield
+    onednn_works.cache_clear()
+
+
+def by_hand(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x.double()[..., None, :] * weight.double()).sum(dim=-1)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (1, 1, 5)])
+def test_linear_and_its_gradients_equal_products_by_hand(always_large, shape):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    upstream = torch.randn(*shape[:-1], 7)
+    out = linear(x, weight)
+    out.backward(upstream)
+    torch.testing.assert_close(out.double(), by_hand(x, weight), atol=1e-5, rtol=0)
+    expected = by_hand(upstream, weight.T.contiguous())
+    torch.testing.assert_close(x.grad.double(), expected, atol=1e-5, rtol=0)
+    rows = torch.einsum("rk,rd->kd", upstream.reshape(-1, 7).double(), x.detach().reshape(-1, 5).double())
+    torch.testing.assert_close(weight.grad.double(), rows, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_linear_gives_no_gradient_to_what_is_frozen(always_large, frozen):
+    x, weight = torch.randn(3, 5, requires_grad=frozen != "x"), torch.randn(7, 5, requires_grad=frozen != "weight")
+    linear(x, weight).sum().backward()
+    assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
+
+
+def test_linear_can_be_differentiated_twice(always_large):
+    x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+
+    def second(product):
+        first = torch.autograd.grad(product(x, weight).pow(3).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), (x, weight))
+
+    for found, expected in zip(second(linear), second(lambda x, weight: x @ weight.T), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-5)
+
+
+def test_linear_follows_autocast(always_large):
+    x, weight = torch.randn(3, 5), torch.randn(7, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_only_large_float32_products_leave_torchs_own_route_and_only_where_mkl_is_slow(monkeypatch, slow):
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: slow)
+    taken = []
+    monkeypatch.setattr(products._Float32Product, "apply", lambda x, weight: taken.append(x.shape) or x @ weight.T)
+    for rows, dtype in ((2**17, torch.float32), (2**16 - 1, torch.float32), (2**17, torch.float64)):
+        linear(torch.ones(rows, 32, dtype=dtype), torch.ones(32, 32, dtype=dtype))
+    assert taken == ([(2**17, 32)] if slow and onednn_works(torch.float32) else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, None])
+def test_packed_weights_give_the_product(dtype, rows):
+    x, weight = torch.randn(3, 19).to(dtype), torch.randn(33, 19).to(dtype)
+    kept = weight.clone()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(pack(weight, rows=rows)(x).double(), by_hand(x, weight), atol=tolerance, rtol=0)
+    assert torch.equal(weight, kept)
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong", "refused"])
+def test_without_a_working_onednn_everything_goes_by_torchs_own_route(monkeypatch, always_large, fresh_probe, fault):
+    def broken(*_, **__):
+        raise RuntimeError("could not create a primitive")
+
+    if fault == "missing":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif fault == "wrong":
+        right = products._onednn
+        monkeypatch.setattr(products, "_onednn", lambda x, *, weight: right(x, weight=weight) * 1.01)
+    else:
+        monkeypatch.setattr(products, "_onednn", broken)
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5)
+    assert not onednn_works(torch.float32)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    with torch.no_grad():
+        assert torch.equal(pack(weight, rows=3)(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(("vendor", "slow"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_mkl_is_slow_on_processors_that_are_not_intels(monkeypatch, tmp_path, vendor, slow):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\nvendor_id : {vendor}\n")
+    monkeypatch.setattr(products, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    products.mkl_is_slow.cache_clear()
+    try:
+        assert products.mkl_is_slow() is slow
+    finally:
+        products.mkl_is_slow.cache_clear()
+
+
+def test_probing_leaves_random_state_and_settings_alone(fresh_probe):
+    state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    onednn_works(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_float32_matmul_precision() == precision
