@@ -86,6 +86,17 @@ class LayerAdapter(nn.Module):
         """Updates of queries, keys and values side by side, (..., inner + 2 dim_head)."""
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
+    def side_by_side(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same as four matrices without gradient, scales included: x @ down_in @ up_in, and x @ down_out @ up_out.
+
+        Returns:
+            down_in (dim, 3 r), up_in (3 r, inner + 2 dim_head) block by block, down_out (inner, r), up_out (r, dim).
+        """
+        into = (self.q, self.k, self.v)
+        down_in = torch.cat([lora.A.detach() for lora in into], dim=1)
+        up_in = torch.block_diag(*(lora.B.detach() * lora.scale for lora in into))
+        return down_in, up_in, self.o.A.detach(), self.o.B.detach() * self.o.scale
+
 
 class Adapter(nn.Module):
     """One LayerAdapter for each adapted layer, keyed by the layer's number."""

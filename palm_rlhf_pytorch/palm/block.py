@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf_pytorch.attention import attend
 from palm_rlhf_pytorch.lora import LayerAdapter
+from palm_rlhf_pytorch.products import linear
 from palm_rlhf_pytorch.rotary import RotaryFactors, rotate
 
 RMS_EPS = 1e-6  # the same in every dtype: torch's default is 0.008 in bfloat16, which shrinks what it normalises
@@ -27,6 +29,7 @@ class Pass(NamedTuple):
     mask: True where a query may look at a key, (b or 1, i, j), or None.
     attn_dropout: probability of dropping an attention weight.
     ff_dropout: probability of dropping a feedforward feature.
+    recompute: keep a layer's input alone for the backward pass, and compute the layer again there.
     """
 
     rotary: RotaryFactors
@@ -34,6 +37,7 @@ class Pass(NamedTuple):
     mask: Tensor | None
     attn_dropout: float
     ff_dropout: float
+    recompute: bool = False
 
 
 class ParallelTransformerBlock(nn.Module):
@@ -62,8 +66,23 @@ class ParallelTransformerBlock(nn.Module):
         store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """The layer's update of x (b, n, d); `store` swaps new keys and values for all that a cache holds."""
+        if not common.recompute:
+            return self._update(x, common, lora, store)
+        random = common.attn_dropout > 0 or common.ff_dropout > 0
+        update: Tensor = checkpoint(
+            self._update, x, common, lora, store, use_reentrant=False, preserve_rng_state=random
+        )
+        return update
+
+    def _update(
+        self,
+        x: Tensor,
+        common: Pass,
+        lora: LayerAdapter | None,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:
         x = self.norm(x)
-        projected = self.in_proj(x)
+        projected = linear(x, self.in_proj.weight)
         q, k, v, ff, gate = projected.split(self.splits, dim=-1)
         if lora is not None:
             # in the projection's dtype: under autocast x is wider, and adapted passes alone would attend in float32
@@ -80,7 +99,7 @@ class ParallelTransformerBlock(nn.Module):
         out = rearrange(out, "b h n d -> b n (h d)")
         ff = F.silu(gate) * ff
         ff = F.dropout(ff, common.ff_dropout) if common.ff_dropout > 0 else ff
-        update = self.out_proj(torch.cat((out, ff), dim=-1))
+        update = linear(torch.cat((out, ff), dim=-1), self.out_proj.weight)
         return update if lora is None else update + lora.o(out)
 
     def _place(self, q: Tensor, k: Tensor, rotary: RotaryFactors) -> tuple[Tensor, Tensor]:
@@ -91,16 +110,15 @@ class ParallelTransformerBlock(nn.Module):
         return rotate(q, *query_factors), rotate(k, rotary.key_cos, rotary.key_sin)
 
     @torch.no_grad()
-    def merge(self, lora: LayerAdapter | None) -> None:
-        """Add an adapter's update, if there is one, to the weights, summed in float32.
-
-        The sums are new tensors: a model that shares its weights with this one keeps them as they were.
-        """
-        if lora is None:
-            return
-        into = self.in_proj.weight
+    def merged(self, lora: LayerAdapter) -> tuple[Tensor, Tensor]:
+        """Weights in and out with an adapter's update added, summed in float32; new tensors."""
+        into, out = self.in_proj.weight, self.out_proj.weight
         update = torch.cat((lora.q.delta(), lora.k.delta(), lora.v.delta())).to(into.device)
-        into.data = (into + F.pad(update, (0, 0, 0, len(into) - len(update)))).to(into.dtype)
-        out = self.out_proj.weight
+        into = (into + F.pad(update, (0, 0, 0, len(into) - len(update)))).to(into.dtype)
         update = lora.o.delta().to(out.device)
-        out.data = (out + F.pad(update, (0, out.shape[1] - update.shape[1]))).to(out.dtype)
+        return into, (out + F.pad(update, (0, out.shape[1] - update.shape[1]))).to(out.dtype)
+
+    def merge(self, lora: LayerAdapter | None) -> None:
+        """Put the merged weights in place, if there is an adapter; models that share the old ones keep them."""
+        if lora is not None:
+            self.in_proj.weight.data, self.out_proj.weight.data = self.merged(lora)

@@ -59,6 +59,26 @@ def share_weights(model: Model, trainable: Callable[[str], bool] | None) -> Mode
     return deepcopy(model, memo)
 
 
+def move_together(*modules: nn.Module, device: torch.device | str) -> None:
+    """Move modules in place, so that tensors which share memory before share it after, whichever module they are in.
+
+    `module.to(device)`, module by module, would copy a trunk that two of them share twice.
+    """
+    moved: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+        if memory == 0:  # nothing there that could be shared
+            return tensor.to(device)
+        key = (tensor.device, memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in moved:
+            moved[key] = tensor, tensor.to(device)  # the old one too: its memory must not be another's meanwhile
+        return moved[key][1]
+
+    for module in modules:
+        module._apply(move)
+
+
 def save_model(model: Scoped, path: str | Path, *, kind: str, with_scopes: bool) -> None:
     """Write base weights and configuration, and scopes with their settings where asked for, to one file."""
     tensors: dict[str, torch.Tensor] = dict(model.named_base_parameters())

@@ -1,7 +1,8 @@
 """Generation: prefill the prompts once, then one token a step over a key/value cache.
 
 Prompts of unequal length are the normal case: they are moved to the right, so that all responses start at one place,
-and each row keeps its own positions. Knows of the model only that it embeds tokens and reads out logits.
+and each row keeps its own positions. Prompts that are alike are read once, and rows that have ended leave the batch.
+Knows of the model only that it embeds tokens and decodes.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,16 @@ from tqdm.auto import tqdm
 
 from palm_rlhf_pytorch.attention import KVCache
 from palm_rlhf_pytorch.lora import Adapter
+from palm_rlhf_pytorch.palm.graphs import StepGraphs
 from palm_rlhf_pytorch.palm.inputs import check_generator, check_length, check_prompt_mask, check_prompts
-from palm_rlhf_pytorch.palm.sampling import check_sampling, sample_tokens
+from palm_rlhf_pytorch.palm.responses import DRAWS, Responses
+from palm_rlhf_pytorch.palm.sampling import SMALLEST_TEMPERATURE, check_sampling
 from palm_rlhf_pytorch.tensors import align_right, lengths_to_mask
 
-STEPS_BETWEEN_STOP_CHECKS = 16  # asking a CUDA device whether all rows have ended makes it wait; a CPU answers at once
+PREFILL_TOKENS = 8192  # tokens, padding included, in one pass over prompts: it bounds the memory that pass takes
+# Steps between two looks at which rows have ended, and the share of rows alive from which on the others stay in the
+# batch: a CPU answers at once; a CUDA device has to be waited for, and a batch of another size is a new graph.
+CHECKS = {"cpu": (1, 0.75), "cuda": (16, 0.5)}
 
 
 class Generation(NamedTuple):
@@ -36,25 +42,35 @@ class Generation(NamedTuple):
 
 
 class Decoder(Protocol):
-    """What generation asks of a language model."""
+    """Rows in the middle of generation; `palm.decoding` has the one for PaLM."""
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for batch rows of max_length tokens."""
+    filled: int
+    place: Tensor
+
+    @property
+    def span(self) -> int:
+        """How many places of the cache the next step reads."""
         ...
 
-    def embed(
-        self, seq: Tensor, *, mask: Tensor | None, adapter: Adapter | None, dropout: float | None, cache: KVCache | None
-    ) -> Tensor:
-        """Final hidden states (b, n, d) of tokens (b, n)."""
+    def take(self, cache: KVCache, rows: Tensor, sources: Tensor, *, end: int) -> None:
+        """Fill rows with what a prefill cached of its rows `sources`, the last token at place end - 1."""
         ...
 
-    def to_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., v) of hidden states (..., d)."""
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows alone."""
+        ...
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Logits (b, v) of final hidden states (b, d)."""
+        ...
+
+    def __call__(self, tokens: Tensor, *, span: int) -> Tensor:
+        """Logits (b, v) of the successors of tokens (b,)."""
         ...
 
 
-class LanguageModel(Decoder, Protocol):
-    """What checking a user's prompts asks besides."""
+class LanguageModel(Protocol):
+    """What generation asks of a model."""
 
     num_tokens: int
     causal: bool
@@ -69,10 +85,24 @@ class LanguageModel(Decoder, Protocol):
         """Where the weights are."""
         ...
 
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for batch rows of max_length tokens."""
+        ...
+
+    def embed(
+        self, seq: Tensor, *, mask: Tensor | None, adapter: Adapter | None, dropout: float | None, cache: KVCache | None
+    ) -> Tensor:
+        """Final hidden states (b, n, d) of tokens (b, n)."""
+        ...
+
+    def new_decoder(self, *, batch: int, room: int, adapter: Adapter | None, steps: int) -> Decoder:
+        """A decoder for batch rows of at most room tokens, to be called so many times."""
+        ...
+
 
 @torch.no_grad()
 def generate_responses(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Tensor,
     prompt_mask: Tensor | None = None,
     *,
@@ -88,10 +118,11 @@ def generate_responses(
     """Sample a response to each prompt.
 
     A row ends with its first EOS (looked for in the response, not in the prompt) or at its own max_new_tokens; the loop
-    ends when all rows have. Ids are trusted here; `check_prompts` checks them.
+    ends when all rows have. What a row draws does not depend on which others are still at it. Ids are trusted here;
+    `check_prompts` checks them.
 
     Args:
-        model: what embeds tokens and reads out logits; its dropout is off here.
+        model: what embeds tokens and decodes; its dropout is off here.
         prompts: token ids, (b, p), p at least 1.
         prompt_mask: True on real tokens, on whichever side the padding is, (b, p); None where all are real.
         max_new_tokens: at least 1, for all rows, or for each, (b,).
@@ -119,35 +150,89 @@ def generate_responses(
     shortest, steps = (int(extreme) for extreme in budget.aminmax())
     if shortest < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1 for every prompt")
-    cache = model.new_cache(batch, prompt_length + steps - 1)  # the last token drawn is never embedded
-    check_every = 1 if prompts.device.type == "cpu" else STEPS_BETWEEN_STOP_CHECKS
+    longest = prompt_length if prompt_mask is None else prompt_mask.sum(dim=-1)
+    check_length(int((longest + budget).max()), model.max_length, name="a prompt with its max_new_tokens")
+    # the last token drawn is never embedded
+    decoder = model.new_decoder(batch=batch, room=prompt_length + steps - 1, adapter=adapter, steps=steps - 1)
+    responses = Responses(
+        budget, steps, greedy=temperature < SMALLEST_TEMPERATURE, eos_token=eos_token, generator=generator,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    )  # fmt: skip
+    hidden = _prefill(model, decoder, prompts, prompt_mask, adapter)
+    with torch.inference_mode(), torch.autocast(prompts.device.type, enabled=False):
+        _respond(decoder, hidden, responses, steps, on_step)
+    taken = int(responses.lengths.max())
+    mask = lengths_to_mask(responses.lengths, taken)
+    logprobs = responses.logprobs[:, :taken].masked_fill(~mask, 0.0)
+    _check_finite(logprobs)
+    return Generation(responses.tokens[:, :taken], mask, logprobs, responses.ended)
 
-    tokens = prompts.new_zeros(batch, steps)
-    logprobs = torch.zeros(batch, steps, device=prompts.device)
-    lengths = budget  # of the responses, shortened where EOS comes first
-    ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
-    new, new_mask = prompts, prompt_mask
+
+def _respond(
+    decoder: Decoder, hidden: Tensor, responses: Responses, steps: int, on_step: Callable[[], object] | None
+) -> None:
+    """Draw from the prompts' last hidden states (b, d), then embed and draw until all rows have ended."""
+    check_every, share = CHECKS["cpu" if hidden.device.type == "cpu" else "cuda"]
+
+    def advance(span: int) -> None:
+        responses.record(decoder(responses.current, span=span))
+
+    advance_fast = StepGraphs(advance, hidden.device)
     for step in range(steps):
-        hidden = model.embed(new, mask=new_mask, adapter=adapter, dropout=0.0, cache=cache)
-        logits = model.to_logits(hidden[:, -1])
-        drawn = sample_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        tokens[:, step], logprobs[:, step] = drawn
-        if eos_token is not None:
-            hit = (drawn.tokens == eos_token) & ~ended & (step < budget)
-            lengths = torch.where(hit, step + 1, lengths)
-            ended = ended | hit
+        if step % DRAWS == 0:
+            responses.refill()
+        if step == 0:
+            responses.record(decoder.read_out(hidden))
+        else:
+            advance_fast(decoder.span)
+            decoder.filled += 1
         if on_step is not None:
             on_step()
-        if step % check_every == check_every - 1 and bool((lengths <= step + 1).all()):
+        if not responses.may_end_early or step % check_every != check_every - 1:
+            continue
+        alive = responses.alive()
+        if len(alive) == 0:
             break
-        # a row past its own budget goes on as padding: its positions would grow beyond what the model can place
-        new, new_mask = drawn.tokens[:, None], None if shortest == steps else (step + 1 < budget)[:, None]
+        if len(alive) <= share * len(responses.rows):
+            responses.keep(alive)
+            decoder.keep(alive)
+            advance_fast = StepGraphs(advance, hidden.device)
 
-    longest = int(lengths.max())
-    mask = lengths_to_mask(lengths, longest)
-    logprobs = logprobs[:, :longest].masked_fill(~mask, 0.0)
-    _check_finite(logprobs)
-    return Generation(tokens[:, :longest], mask, logprobs, ended)
+
+def _prefill(
+    model: LanguageModel, decoder: Decoder, prompts: Tensor, prompt_mask: Tensor | None, adapter: Adapter | None
+) -> Tensor:
+    """Read each prompt into the decoder, those that are alike once, a few of like length at a time.
+
+    Args:
+        model: reads them.
+        decoder: takes their keys and values over.
+        prompts: ids, padding on the left, (b, p).
+        prompt_mask: True on real tokens, (b, p), or None.
+        adapter: low-rank adapter of the pass.
+
+    Returns:
+        Hidden states of the last tokens, (b, d).
+    """
+    length = prompts.shape[1]
+    marked = prompts if prompt_mask is None else prompts.masked_fill(~prompt_mask, -1)
+    different, which = torch.unique(marked, dim=0, return_inverse=True)
+    lengths = (different >= 0).sum(dim=-1)
+    hidden: Tensor | None = None
+    for chosen in lengths.argsort(stable=True).split(max(1, PREFILL_TOKENS // length)):
+        longest = int(lengths[chosen].max())
+        ids = different[chosen, length - longest :]
+        mask = ids >= 0
+        cache = model.new_cache(len(chosen), longest)
+        found = model.embed(
+            ids.clamp(min=0), mask=None if bool(mask.all()) else mask, adapter=adapter, dropout=0.0, cache=cache
+        )[:, -1]
+        rows, sources = (which[:, None] == chosen).nonzero().unbind(dim=1)
+        decoder.take(cache, rows, sources, end=length)
+        hidden = found.new_zeros(len(prompts), found.shape[-1]) if hidden is None else hidden
+        hidden[rows] = found[sources]
+    assert hidden is not None, "a batch has at least one row"
+    return hidden
 
 
 @torch.no_grad()

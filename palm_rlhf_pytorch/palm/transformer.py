@@ -16,24 +16,22 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import KVCache, place_tokens
 from palm_rlhf_pytorch.lora import Adapter
-from palm_rlhf_pytorch.objectives.language import next_token_loss
+from palm_rlhf_pytorch.objectives.language import chunked_next_token_loss
 from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock, Pass
 from palm_rlhf_pytorch.palm.config import check_dropout, checked_config
 from palm_rlhf_pytorch.palm.copying import build_from, save_model, share_weights, take_checkpoint
+from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.generation import continue_prompts
 from palm_rlhf_pytorch.palm.inputs import check_length, check_tokens
 from palm_rlhf_pytorch.palm.scopes import Scopes
+from palm_rlhf_pytorch.products import linear, product_dtype
 from palm_rlhf_pytorch.rotary import longest_position, rotary_factors
 from palm_rlhf_pytorch.training.checkpoint import load_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
 class PaLM(nn.Module):
-    """The language model: token ids in, logits out.
-
-    Weights, adapters and configuration belong to it; training does not. Shapes: b batch, n tokens, d features, v
-    vocabulary.
-    """
+    """The language model: token ids in, logits out. Shapes: b batch, n tokens, d features, v vocabulary."""
 
     @typecheck
     def __init__(
@@ -72,7 +70,7 @@ class PaLM(nn.Module):
             qk_scale: factor of the products of normalised queries and keys; 8 (upstream's default).
             lora_r: rank of scopes added without one.
             rotary_xpos_scale_base: tokens over which the fastest pair decays by 3.5; 512 in xPos; None for no decay.
-            flash_attn: use torch's fused attention kernels; the same function, less memory.
+            flash_attn: taken for the sake of those who know it; torch's fused attention kernels are used either way.
             finetune_scopes: names of scopes to add, or one name.
             cross_entropy_ignore_index: a target id that the loss skips; -100 skips none, since ids are not negative.
 
@@ -86,11 +84,12 @@ class PaLM(nn.Module):
         self.causal, self.lora_r, self.cross_entropy_ignore_index = causal, lora_r, cross_entropy_ignore_index
         self.xpos_scale_base = rotary_xpos_scale_base if causal else None
         self.attn_dropout, self.ff_dropout = attn_dropout, ff_dropout
+        self.activation_checkpointing = False
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.layers = nn.ModuleList(
             ParallelTransformerBlock(
                 dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult,
-                qk_rmsnorm=qk_rmsnorm, qk_scale=qk_scale, fused=flash_attn,
+                qk_rmsnorm=qk_rmsnorm, qk_scale=qk_scale, fused=True,
             )
             for _ in range(depth)
         )  # fmt: skip
@@ -126,12 +125,13 @@ class PaLM(nn.Module):
         """
         seq, mask = check_tokens(seq, mask, num_tokens=self.num_tokens, causal=self.causal, predicting=return_loss)
         adapter = self.finetune_modules.chosen(finetune_scope, disabled=disable_lora)
-        logits = self.to_logits(self.embed(seq, mask=mask, adapter=adapter, extra_embed=extra_embed))
+        hidden = self.embed(seq, mask=mask, adapter=adapter, extra_embed=extra_embed)
         if not return_loss:
-            return logits
+            return self.to_logits(hidden)
         if mask is not None:  # the first real token after padding has nothing to be predicted from
             mask = mask & F.pad(mask[:, :-1], (1, 0), value=False)
-        return next_token_loss(logits, seq, mask=mask, ignore_index=self.cross_entropy_ignore_index).loss
+        ignored = self.cross_entropy_ignore_index
+        return chunked_next_token_loss(hidden, self.token_emb.weight, seq, mask=mask, ignore_index=ignored).loss
 
     def embed(
         self, seq: Tensor, *, mask: Tensor | None = None, adapter: Adapter | None = None,
@@ -153,14 +153,14 @@ class PaLM(nn.Module):
         tokens = seq.shape[1]
         positions, allowed = place_tokens(tokens, mask, cache, causal=self.causal, device=seq.device)
         check_length(tokens if cache is None else cache.filled, self.max_length, name="seq", positions=positions)
-        attn_dropout, ff_dropout = (self.attn_dropout, self.ff_dropout) if self.training else (0.0, 0.0)
+        dropouts = (self.attn_dropout, self.ff_dropout) if self.training else (0.0, 0.0)
+        attn_dropout, ff_dropout = dropouts if dropout is None else (dropout, dropout)
         common = Pass(
             rotary=rotary_factors(positions, self.dim_head, scale_base=self.xpos_scale_base),
             causal=self.causal and allowed is None and (cache is None or tokens > 1),
-            mask=allowed,
-            attn_dropout=attn_dropout if dropout is None else dropout,
-            ff_dropout=ff_dropout if dropout is None else dropout,
-        )
+            mask=allowed, attn_dropout=attn_dropout, ff_dropout=ff_dropout,
+            recompute=self.activation_checkpointing and cache is None and torch.is_grad_enabled(),
+        )  # fmt: skip
         x = self.token_emb(seq)
         x = x if extra_embed is None else x + extra_embed.to(x.dtype)
         for index, layer in enumerate(self.layers):
@@ -170,13 +170,17 @@ class PaLM(nn.Module):
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., v) of hidden states (..., d), by the tied embedding."""
-        return F.linear(hidden, self.token_emb.weight)
+        return linear(hidden, self.token_emb.weight)
 
     def set_dropout(self, dropout: float) -> None:
         """Set the probability of both dropouts, from the next pass on."""
         check_dropout(dropout, name="dropout")
         self.attn_dropout = self.ff_dropout = dropout
         self._config.update(attn_dropout=dropout, ff_dropout=dropout)
+
+    def set_activation_checkpointing(self, enabled: bool = True) -> None:
+        """Keep a layer's input alone for the backward pass, and compute the layer again there; not kept in files."""
+        self.activation_checkpointing = enabled
 
     @property
     def device(self) -> torch.device:
@@ -186,14 +190,12 @@ class PaLM(nn.Module):
     @property
     def max_length(self) -> int | float:
         """How many tokens a row may have before xPos scales leave the dtype's range; infinite without decay."""
-        autocast = torch.is_autocast_enabled(self.device.type)
-        dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.token_emb.weight.dtype
-        return longest_position(dtype, scale_base=self.xpos_scale_base)
+        return longest_position(product_dtype(self.token_emb.weight), scale_base=self.xpos_scale_base)
 
     # generation
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty key/value cache for a batch of rows, in the model's dtype and on its device.
+        """An empty key/value cache for a batch of rows, in the dtype of the products and on the model's device.
 
         Raises:
             ValueError: if the model is not causal: what it has cached would change with every later token.
@@ -202,8 +204,12 @@ class PaLM(nn.Module):
             raise ValueError("a model with causal=False cannot generate or keep a cache; build it with causal=True")
         return KVCache(
             depth=self.depth, batch=batch, max_length=max_length, dim_head=self.dim_head,
-            dtype=self.token_emb.weight.dtype, device=self.device,
+            dtype=product_dtype(self.token_emb.weight), device=self.device,
         )  # fmt: skip
+
+    def new_decoder(self, *, batch: int, room: int, adapter: Adapter | None, steps: int) -> Decoder:
+        """What takes one token a row and step after a prefill, for batch rows of at most room tokens."""
+        return Decoder(self, batch=batch, room=room, adapter=adapter, steps=steps)
 
     @typecheck
     def generate(
@@ -279,7 +285,7 @@ class PaLM(nn.Module):
         self.merge_adapter(self.remove_finetune_params(scope))
 
     def merge_adapter(self, adapter: Adapter) -> None:
-        """Add an adapter's update to the base weights; models that share them (`share`) keep theirs as they were."""
+        """Add an adapter's update to the base weights; models that share them keep theirs as they were."""
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, ParallelTransformerBlock)
             layer.merge(adapter.layer(index))
@@ -306,12 +312,9 @@ class PaLM(nn.Module):
         return dict(self._config)
 
     def share(self, *, trainable: Callable[[str], bool] | None = None) -> "PaLM":
-        """A model over the same weights: what is frozen is shared in memory, what is trainable is copied.
+        """A model over the same weights: what is frozen is shared in memory, what is trainable, by its name, is copied.
 
         The original keeps its own flags, scopes and mode; scopes are left out of the new one.
-
-        Args:
-            trainable: says of a base parameter's name whether it is to be trained; None trains none.
         """
         return share_weights(self, trainable)
 

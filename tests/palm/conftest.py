@@ -11,7 +11,7 @@ from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.tensors import pad_ragged
 
 
-def build(seed: int = 0, **changes: Any) -> PaLM:
+def build(seed: int = 0, *, fused: bool = True, **changes: Any) -> PaLM:
     torch.manual_seed(seed)
     sizes = {"num_tokens": 37, "dim": 24, "depth": 3, "dim_head": 8, "heads": 3, "ff_mult": 2, "lora_r": 4}
     palm = PaLM(**(sizes | changes))
@@ -19,6 +19,8 @@ def build(seed: int = 0, **changes: Any) -> PaLM:
         palm.token_emb.weight.normal_()
         for parameter in palm.layers.parameters():
             parameter.mul_(1.5)
+    for layer in palm.layers:
+        layer.fused = fused  # False: attention by plain products
     for scope in palm.finetune_modules:
         train_scope(palm, scope)
     return palm.eval()

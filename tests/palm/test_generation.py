@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from palm_rlhf_pytorch.attention import KVCache
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.generation import generate_responses
 from palm_rlhf_pytorch.tensors import align_right
 
@@ -127,33 +128,53 @@ def test_autocast_generates_with_the_cache(make_palm, fused):
 
 
 def test_generation_reads_the_prompt_once_and_then_a_token_a_step(make_palm, monkeypatch):
-    palm = make_palm()
-    embedded, read = [], []
-    embed, to_logits = palm.embed, palm.to_logits
-    monkeypatch.setattr(palm, "embed", lambda seq, **rest: (embedded.append(seq.shape[1]), embed(seq, **rest))[1])
-    monkeypatch.setattr(palm, "to_logits", lambda hidden: (read.append(tuple(hidden.shape)), to_logits(hidden))[1])
+    palm, embedded, stepped = make_palm(), [], []
+    embed, step = palm.embed, Decoder.__call__
+    monkeypatch.setattr(palm, "embed", lambda seq, **rest: (embedded.append(tuple(seq.shape)), embed(seq, **rest))[1])
+    monkeypatch.setattr(
+        Decoder, "__call__", lambda *args, **rest: (stepped.append(tuple(args[1].shape)), step(*args, **rest))[1]
+    )
     palm.generate(9, torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]]))
-    assert embedded == [4, 1, 1, 1, 1]
-    assert read == [(2, 24)] * 5
+    assert embedded == [(2, 4)]
+    assert stepped == [(2,)] * 4  # the last of five tokens is never embedded
 
 
 def test_padding_that_no_row_needs_costs_nothing(make_palm, ragged, monkeypatch):
     palm = make_palm()
     embedded, embed = [], palm.embed
-    monkeypatch.setattr(palm, "embed", lambda seq, **rest: (embedded.append(seq.shape[1]), embed(seq, **rest))[1])
+    monkeypatch.setattr(palm, "embed", lambda seq, **rest: (embedded.append(tuple(seq.shape)), embed(seq, **rest))[1])
     prompts, mask = ragged(4, 2, extra=50)
     palm.generate(6, prompts, prompt_mask=mask)
-    assert embedded == [4, 1, 1, 1]
+    assert embedded == [(2, 4)]
+
+
+def test_prompts_are_read_in_passes_of_like_length_and_bounded_size(make_palm, ragged, monkeypatch):
+    palm = make_palm()
+    prompts, mask = ragged(7, 2, 5, 3)
+    expected = palm.generate(11, prompts, prompt_mask=mask, temperature=0.0)
+    embedded, embed = [], palm.embed
+    monkeypatch.setattr(palm, "embed", lambda seq, **rest: (embedded.append(tuple(seq.shape)), embed(seq, **rest))[1])
+    monkeypatch.setattr("palm_rlhf_pytorch.palm.generation.PREFILL_TOKENS", 14)
+    assert torch.equal(palm.generate(11, prompts, prompt_mask=mask, temperature=0.0), expected)
+    assert embedded == [(2, 3), (2, 7)]
 
 
 # ends
 
 
 class Script:
-    """A decoder that says what it is told: row b's t-th token is script[b][t]."""
+    """A model and its decoder that say what they are told: the prompt that begins with b gets script[b]."""
 
-    def __init__(self, script: list[list[int]], num_tokens: int = 12) -> None:
-        self.script, self.num_tokens, self.steps = torch.tensor(script), num_tokens, 0
+    num_tokens, causal, max_length, device = 12, True, 100, torch.device("cpu")
+
+    def __init__(self, script: list[list[int]]) -> None:
+        self.script, self.steps, self.batches = torch.tensor(script), 0, []
+        self.rows = torch.zeros(len(script), dtype=torch.long)
+        self.filled = self.span = 0
+
+    @property
+    def prompts(self) -> torch.Tensor:
+        return torch.tensor([[row, 5] for row in range(len(self.script))])
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return KVCache(
@@ -161,31 +182,67 @@ class Script:
         )
 
     def embed(self, seq: torch.Tensor, *, mask, adapter, dropout, cache) -> torch.Tensor:
-        cache.admit(mask, seq.shape[1])
-        self.steps += 1
-        return self.script[:, self.steps - 1, None, None].expand(-1, seq.shape[1], 1)
+        self.prefilled = seq[:, 0]
+        return seq[:, :1, None].expand(-1, seq.shape[1], 1)
 
-    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.one_hot(hidden[:, 0], self.num_tokens).float() * 50
+    def new_decoder(self, *, batch: int, room: int, adapter, steps: int) -> "Script":
+        return self
+
+    def take(self, cache, rows: torch.Tensor, sources: torch.Tensor, *, end: int) -> None:
+        self.rows[rows] = self.prefilled[sources]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.rows = self.rows[rows]
+
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(hidden[:, 0], self.rows)
+        return self._say()
+
+    def __call__(self, tokens: torch.Tensor, *, span: int) -> torch.Tensor:
+        assert torch.equal(tokens, self.script[self.rows, self.steps - 1])  # what was drawn comes back in
+        return self._say()
+
+    def _say(self) -> torch.Tensor:
+        self.steps += 1
+        self.batches.append(self.rows.tolist())
+        return F.one_hot(self.script[self.rows, self.steps - 1], self.num_tokens).float() * 50
 
 
 def test_rows_stop_at_their_eos_and_the_loop_when_all_have():
-    decoder = Script([[4, 9, 5, 9, 1, 1, 1, 1], [3, 3, 3, 9, 2, 2, 2, 2], [9, 8, 8, 8, 8, 8, 8, 8]])
-    out = generate_responses(decoder, torch.zeros(3, 2, dtype=torch.long), max_new_tokens=8, eos_token=9)
-    assert decoder.steps == 4
+    model = Script([[4, 9, 5, 9, 1, 1, 1, 1], [3, 3, 3, 9, 2, 2, 2, 2], [9, 8, 8, 8, 8, 8, 8, 8]])
+    out = generate_responses(model, model.prompts, max_new_tokens=8, eos_token=9)
+    assert model.steps == 4
     assert out.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert out.tokens[out.mask].tolist() == [4, 9, 3, 3, 3, 9, 9]
     assert out.ended.tolist() == [True, True, True]
     assert (out.logprobs[~out.mask] == 0).all()
 
 
+def test_rows_that_have_ended_leave_the_batch_once_they_are_a_quarter_of_it():
+    model = Script([[4, 4, 9, 1, 1], [9, 1, 1, 1, 1], [4, 4, 4, 4, 9], [3, 3, 9, 1, 1], [3, 3, 3, 9, 1]])
+    out = generate_responses(model, model.prompts, max_new_tokens=5, eos_token=9)
+    everyone = [0, 1, 2, 3, 4]
+    assert model.batches == [everyone, everyone, everyone, [2, 4], [2]]  # one ended row of five is no quarter
+    assert [row[real].tolist() for row, real in zip(out.tokens, out.mask, strict=True)] == [
+        [4, 4, 9], [9], [4, 4, 4, 4, 9], [3, 3, 9], [3, 3, 3, 9],
+    ]  # fmt: skip
+
+
+def test_prompts_that_are_alike_are_read_once():
+    model = Script([[4, 5], [6, 7], [8, 9]])
+    model.rows = torch.zeros(5, dtype=torch.long)
+    out = generate_responses(model, model.prompts[[2, 0, 2, 2, 0]], max_new_tokens=2)
+    assert model.prefilled.tolist() == [0, 2]
+    assert out.tokens.tolist() == [[8, 9], [4, 5], [8, 9], [8, 9], [4, 5]]
+
+
 def test_each_row_has_its_own_room():
-    decoder = Script([[4, 4, 4, 4, 4], [3, 9, 3, 3, 3], [5, 5, 5, 9, 5], [6, 6, 6, 6, 9]])
+    model = Script([[4, 4, 4, 4, 4], [3, 9, 3, 3, 3], [5, 5, 5, 9, 5], [6, 6, 6, 6, 9]])
     room = torch.tensor([1, 2, 3, 5])
-    out = generate_responses(decoder, torch.zeros(4, 1, dtype=torch.long), max_new_tokens=room, eos_token=9)
+    out = generate_responses(model, model.prompts, max_new_tokens=room, eos_token=9)
     assert out.mask.sum(dim=-1).tolist() == [1, 2, 3, 5]
     assert out.ended.tolist() == [False, True, False, True]  # row 2 draws its EOS after its room is used up
-    assert decoder.steps == 5
+    assert model.steps == 5
 
 
 def test_a_row_that_used_up_its_room_waits_for_the_others_within_the_models_range(make_palm, ragged):
@@ -200,16 +257,14 @@ def test_a_row_that_used_up_its_room_waits_for_the_others_within_the_models_rang
 
 
 def test_without_eos_all_rows_run_to_their_room():
-    out = generate_responses(Script([[4, 9, 9]]), torch.zeros(1, 1, dtype=torch.long), max_new_tokens=3)
+    model = Script([[4, 9, 9]])
+    out = generate_responses(model, model.prompts, max_new_tokens=3)
     assert out.tokens.tolist() == [[4, 9, 9]] and not out.ended.any()
 
 
 def test_each_step_is_reported():
-    seen = []
-    generate_responses(
-        Script([[4, 9, 9]]), torch.zeros(1, 1, dtype=torch.long), max_new_tokens=3, eos_token=9,
-        on_step=lambda: seen.append(1),
-    )  # fmt: skip
+    model, seen = Script([[4, 9, 9]]), []
+    generate_responses(model, model.prompts, max_new_tokens=3, eos_token=9, on_step=lambda: seen.append(1))
     assert len(seen) == 2
 
 
@@ -278,8 +333,9 @@ def test_without_a_generator_the_global_seed_decides(make_palm):
     draws = []
     for _ in range(2):
         torch.manual_seed(5)
-        draws.append(palm.generate(30, torch.tensor([1, 2])))
-    assert torch.equal(*draws) and not torch.equal(draws[0], palm.generate(30, torch.tensor([1, 2])))
+        draws.append(palm.generate(30, torch.tensor([1, 2]), temperature=3.0))
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], palm.generate(30, torch.tensor([1, 2]), temperature=3.0))
 
 
 @torch.no_grad()
@@ -427,3 +483,24 @@ def test_broken_weights_are_reported_not_sampled_from(make_palm):
         palm.layers[0].out_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="logits for row 0 are not finite"):
         palm.generate(8, torch.tensor([1, 2]))
+
+
+def test_generation_leaves_torchs_settings_as_they_were_even_after_an_error(make_palm):
+    def settings() -> tuple[object, ...]:
+        return (
+            torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype(),
+        )  # fmt: skip
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    palm, before = make_palm(), settings()
+    generate_responses(palm, torch.tensor([[1, 2]]), max_new_tokens=12)
+    assert settings() == before
+    with pytest.raises(KeyboardInterrupt), torch.autocast("cpu", dtype=torch.bfloat16):
+        generate_responses(palm, torch.tensor([[1, 2]]), max_new_tokens=12, on_step=stop)
+    assert settings() == before
+    loss = palm(torch.tensor([[1, 2, 3]]), return_loss=True)  # what a step has touched can still be trained
+    loss.backward()
+    assert palm.token_emb.weight.grad.isfinite().all()

@@ -65,7 +65,7 @@ def test_training_learns_token_zero():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_logits_do_not_depend_on_later_tokens(make_palm, fused):
-    palm = make_palm(flash_attn=fused)
+    palm = make_palm(fused=fused)
     ids = torch.randint(0, 37, (2, 9))
     changed = ids.clone()
     changed[:, 5:] = torch.randint(0, 37, (2, 4))
@@ -77,7 +77,7 @@ def test_logits_do_not_depend_on_later_tokens(make_palm, fused):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_and_batch_composition_change_nothing(make_palm, ragged, causal, fused, left):
-    palm = make_palm(flash_attn=fused, causal=causal)
+    palm = make_palm(fused=fused, causal=causal)
     for extra in (0, 3):
         ids, mask = ragged(6, 2, 5, left=left, extra=extra)
         together = palm(ids, mask=mask)
@@ -106,7 +106,7 @@ def test_permuted_rows_give_permuted_logits(make_palm, ragged):
 
 @pytest.mark.parametrize("settings", [{}, {"qk_rmsnorm": True}, {"causal": False}, {"rotary_xpos_scale_base": None}])
 def test_fused_attention_equals_plain(make_palm, ragged, settings):
-    plain, fused = make_palm(**settings), make_palm(flash_attn=True, **settings)
+    plain, fused = make_palm(fused=False, **settings), make_palm(**settings)
     fused.load_state_dict(plain.state_dict())
     with torch.no_grad():  # of deviation 1, so that 1e-5 is a bound on rounding alone
         for palm in (plain, fused):
@@ -119,8 +119,8 @@ def test_fused_attention_equals_plain(make_palm, ragged, settings):
 def test_fused_and_plain_attention_have_the_same_gradients(make_palm, ragged):
     ids, mask = ragged(9, 4, 6)
     gradients = []
-    for flash_attn in (False, True):
-        palm = make_palm(flash_attn=flash_attn)
+    for fused in (False, True):
+        palm = make_palm(fused=fused)
         palm(ids, return_loss=True, mask=mask).backward()
         gradients.append([parameter.grad for parameter in palm.palm_parameters()])
     for plain, fused in zip(*gradients, strict=True):
@@ -189,7 +189,7 @@ def test_qk_rmsnorm_applies_its_scale(make_palm):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_dropout_is_read_at_each_pass(make_palm, fused):
-    palm = make_palm(flash_attn=fused, attn_dropout=0.5, ff_dropout=0.5).train()
+    palm = make_palm(fused=fused, attn_dropout=0.5, ff_dropout=0.5).train()
     ids = torch.randint(0, 37, (2, 9))
     assert (palm(ids) - palm(ids)).abs().max() > 0.1
     assert torch.equal(palm.embed(ids, dropout=0.0), palm.eval().embed(ids))
@@ -204,7 +204,7 @@ def test_dropout_is_read_at_each_pass(make_palm, fused):
 @pytest.mark.parametrize("name", ["attn_dropout", "ff_dropout"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_each_dropout_acts_on_its_own(make_palm, name, fused):
-    palm = make_palm(flash_attn=fused, **{name: 0.5})
+    palm = make_palm(fused=fused, **{name: 0.5})
     ids = torch.randint(0, 37, (2, 9))
     assert torch.equal(palm(ids), palm(ids))
     palm.train()
@@ -217,7 +217,9 @@ def test_each_dropout_acts_on_its_own(make_palm, name, fused):
 @pytest.mark.parametrize("fused", [False, True])
 def test_bfloat16_model_stays_near_the_float32_one(fused):
     torch.manual_seed(0)
-    palm = PaLM(**SMALL, flash_attn=fused).eval()
+    palm = PaLM(**SMALL).eval()
+    for layer in palm.layers:
+        layer.fused = fused
     ids = torch.randint(0, 37, (1, 700))
     with torch.no_grad():
         exact = palm(ids)
@@ -240,7 +242,7 @@ def test_bfloat16_model_tells_positions_beyond_256_apart():
 
 
 def test_a_long_call_changes_no_later_one(make_palm):
-    palm = make_palm(depth=1, flash_attn=True)
+    palm = make_palm(depth=1)
     ids = torch.randint(0, 37, (1, 9))
     with torch.no_grad():
         before = palm(ids)
@@ -294,8 +296,8 @@ def test_calls_give_no_warning(make_palm, ragged):
     ids, mask = ragged(6, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for flash_attn in (False, True):
-            palm = make_palm(flash_attn=flash_attn, finetune_scopes=("a",), attn_dropout=0.1).train()
+        for fused in (False, True):
+            palm = make_palm(fused=fused, finetune_scopes=("a",), attn_dropout=0.1).train()
             palm(ids, return_loss=True, mask=mask, finetune_scope="a").backward()
             palm.generate(9, ids, prompt_mask=mask, top_p=0.9, top_k=5)
 

@@ -1,0 +1,229 @@
+"""Decoding: one token of each row through all layers, over keys and values kept so far.
+
+The same function as the model's own pass, written for a step that is repeated: weights laid out for products with few
+rows, heads folded into the query length, rotation as one complex product, nothing allocated that grows, and no number
+asked of the device, so that a CUDA graph can replay it. Shapes: b rows, h heads, d features, v vocabulary.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.attention import KVCache
+from palm_rlhf_pytorch.lora import Adapter, LayerAdapter
+from palm_rlhf_pytorch.palm.block import RMS_EPS, ParallelTransformerBlock
+from palm_rlhf_pytorch.products import Product, pack, product_dtype
+from palm_rlhf_pytorch.rotary import rotary_factors
+from palm_rlhf_pytorch.tensors import at_least_float32
+
+SPAN = 256  # with CUDA graphs, attention reads the cache in multiples of so many places: one graph for each
+STEPS_WORTH_PACKING = 8  # a copy of the weights costs what two or three steps read
+
+
+class Decodable(Protocol):
+    """What a decoder takes of a language model."""
+
+    layers: nn.ModuleList
+    token_emb: nn.Embedding
+    norm: nn.LayerNorm
+    xpos_scale_base: int | None
+
+
+class LowRank(NamedTuple):
+    """A layer's adapter kept beside its weights: queries, keys and values in one, and the way out."""
+
+    down_in: Tensor  # (d, 3 r)
+    up_in: Tensor  # (3 r, inner + 2 dim_head), block by block, scale included
+    down_out: Tensor  # (inner, r)
+    up_out: Tensor  # (r, d)
+
+
+class DecodingLayer(NamedTuple):
+    """What a step needs of one layer."""
+
+    norm: nn.LayerNorm
+    project_in: Product
+    project_out: Product
+    low_rank: LowRank | None
+    gains: Tensor | None  # of normalised queries and keys, (h + 1, 2, dim_head / 2), dim_head^-0.5 included
+
+
+class Decoder:
+    """A language model in the middle of generation: its weights ready for one token a row, and the rows' cache.
+
+    Belongs to one call. In float32 an adapter is merged into copies of the weights; in half precision, where the sum
+    would round small updates away, it stays beside them. The model's own weights are never written.
+    """
+
+    def __init__(
+        self, model: Decodable, *, batch: int, room: int, adapter: Adapter | None, steps: int,
+        replayable: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Lay out the weights, and make room for the rows.
+
+        Args:
+            model: whose weights.
+            batch: rows b.
+            room: tokens a row may have.
+            adapter: low-rank adapter of the pass.
+            steps: how often a step will be taken; few are not worth copies of the weights.
+            replayable: read the cache in multiples of SPAN, so that a CUDA graph of one step serves for the next;
+                room is rounded up to one. None where there are such graphs.
+        """
+        blocks = [block for block in model.layers if isinstance(block, ParallelTransformerBlock)]
+        self.embedding, self.norm = model.token_emb.weight, model.norm
+        dtype, device = product_dtype(self.embedding), self.embedding.device
+        self.heads, self.dim_head, self.scale = blocks[0].heads, blocks[0].dim_head, blocks[0].scale
+        self.dtype, self.replayable = dtype, device.type == "cuda" if replayable is None else replayable
+        rows = batch if steps >= STEPS_WORTH_PACKING else None
+        self.layers = [
+            _decoding_layer(block, None if adapter is None else adapter.layer(index), dtype=dtype, rows=rows)
+            for index, block in enumerate(blocks)
+        ]
+        self.project_vocabulary = _product(self.embedding.detach(), dtype=dtype, rows=rows)
+        room = -(-room // SPAN) * SPAN if self.replayable else room
+        shape = (len(blocks), batch, 1, room, self.dim_head)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.hidden_places: Tensor | None = None  # (b, 1, room), minus infinity where a row has nothing to see
+        if self.replayable:
+            self.hidden_places = torch.full((batch, 1, room), -torch.inf, dtype=dtype, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.long, device=device)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.filled = 0  # the place again, where the host can read it without waiting
+        self.factors = _complex_factors(room, self.dim_head, scale_base=model.xpos_scale_base, device=device)
+        self.turns = torch.tensor([0] * self.heads + [1], device=device)  # queries by one factor, the key by the other
+
+    def take(self, cache: KVCache, rows: Tensor, sources: Tensor, *, end: int) -> None:
+        """Fill rows with what a prefill cached: its rows `sources`, the last token at place end - 1.
+
+        Args:
+            cache: keys and values of prompts.
+            rows: which rows of this batch, (k,).
+            sources: which rows of the cache they get, (k,).
+            end: tokens of the longest prompt of all, padding included.
+        """
+        start = end - cache.filled
+        for layer in range(len(self.layers)):
+            keys = cache.keys[layer, sources, : cache.filled]
+            self.keys[layer, rows, 0, start:end] = rearrange(keys, "b n (two pair) -> b n (pair two)", two=2)
+            self.values[layer, rows, 0, start:end] = cache.values[layer, sources, : cache.filled]
+        mask = cache.mask[sources, : cache.filled]
+        if self.hidden_places is None and (start or not bool(mask.all())):
+            self.hidden_places = torch.zeros(
+                len(self.positions), 1, self.keys.shape[3], dtype=self.dtype, device=mask.device
+            )
+        if self.hidden_places is not None:
+            self.hidden_places[rows, 0, :start] = -torch.inf
+            hidden = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, -torch.inf)
+            self.hidden_places[rows, 0, start:end] = hidden
+        self.positions[rows] = cache.lengths[sources]
+        self.place.fill_(end)
+        self.filled = end
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows alone, in ascending order; the cache moves within its memory."""
+        count = len(rows)
+        for layer in range(len(self.layers)):
+            for cache in (self.keys[layer], self.values[layer]):
+                cache[:count, :, : self.filled] = cache[rows, :, : self.filled]
+        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        self.positions = self.positions[rows]
+        if self.hidden_places is not None:
+            self.hidden_places = self.hidden_places[rows]
+
+    @property
+    def span(self) -> int:
+        """How many places of the cache the next step reads: those filled then, or for graphs the next multiple."""
+        needed = self.filled + 1
+        return -(-needed // SPAN) * SPAN if self.replayable else needed
+
+    def __call__(self, tokens: Tensor, *, span: int) -> Tensor:
+        """Logits (b, v) of the successors of tokens (b,), which take the next place; `filled` is the caller's to raise.
+
+        Args:
+            tokens: ids, (b,).
+            span: what the property says.
+        """
+        x = F.embedding(tokens, self.embedding)
+        factors = self.factors.index_select(0, self.positions).index_select(1, self.turns)[:, None]
+        bias = None
+        if self.hidden_places is not None:
+            self.hidden_places.index_fill_(2, self.place, 0.0)
+            bias = self.hidden_places[:, None, :, :span]
+        caches = (cache.unbind() for cache in (self.keys, self.values))
+        seen = (cache[..., :span, :].unbind() for cache in (self.keys, self.values))
+        for layer, keys, values, *visible in zip(self.layers, *caches, *seen, strict=True):
+            x = x + self._layer(x, layer, keys, values, *visible, factors=factors, bias=bias)
+        self.place += 1
+        self.positions += 1
+        self.positions.clamp_(max=len(self.factors) - 1)  # a row that has ended goes on, and is not looked at
+        return self.read_out(_normalise(x, self.norm))
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Logits (b, v) of final hidden states (b, d)."""
+        return self.project_vocabulary(hidden.to(self.dtype))
+
+    def _layer(
+        self, x: Tensor, layer: DecodingLayer, keys: Tensor, values: Tensor, seen_keys: Tensor, seen_values: Tensor, *,
+        factors: Tensor, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """A layer's update of x (b, d); caches are (b, 1, room, dim_head), what it sees (b, 1, span, dim_head)."""
+        h, d = self.heads, self.dim_head
+        x = _normalise(x, layer.norm).to(self.dtype)
+        projected = layer.project_in(x)
+        low = layer.low_rank
+        if low is not None:
+            projected[:, : (h + 2) * d].addmm_(x @ low.down_in, low.up_in)
+        wide = (projected.shape[1] - (h + 2) * d) // 2
+        turning, value, ff, gate = projected.split(((h + 1) * d, d, wide, wide), dim=1)
+        query, key = self._turn(turning.view(-1, 1, h + 1, 2, d // 2), layer.gains, factors).split((h, 1), dim=2)
+        keys.index_copy_(2, self.place, key)
+        values.index_copy_(2, self.place, value.view(-1, 1, 1, d))
+        # all heads see the same keys: one head with h queries reads them once, not h times
+        out = F.scaled_dot_product_attention(query, seen_keys, seen_values, attn_mask=bias, scale=self.scale).flatten(1)
+        update = layer.project_out(torch.cat((out, F.silu(gate, inplace=True).mul_(ff)), dim=1))
+        return update if low is None else update.addmm_(out @ low.down_out, low.up_out)
+
+    def _turn(self, x: Tensor, gains: Tensor | None, factors: Tensor) -> Tensor:
+        """Queries and key (b, 1, h + 1, 2, d / 2) placed; features come out in pairs, (pair two), (b, 1, h + 1, d)."""
+        x = at_least_float32(x)
+        if gains is not None:
+            x = F.rms_norm(x, x.shape[-2:], eps=RMS_EPS) * gains
+        pairs = torch.complex(*x.unbind(dim=3)).mul_(factors)
+        return torch.view_as_real(pairs).flatten(-2).to(self.dtype)
+
+
+def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, None, norm.eps)
+
+
+def _complex_factors(room: int, dim_head: int, *, scale_base: int | None, device: torch.device) -> Tensor:
+    """What the pairs of a query and of a key at each position are multiplied by, (room, 2, dim_head / 2), complex."""
+    factors = rotary_factors(torch.arange(room, device=device), dim_head, scale_base=scale_base)
+    query, key = ((factors.query_cos, factors.query_sin), (factors.key_cos, factors.key_sin))
+    half = dim_head // 2
+    return torch.stack([torch.complex(cos[0, :, :half], sin[0, :, :half]) for cos, sin in (query, key)], dim=1)
+
+
+def _decoding_layer(
+    block: ParallelTransformerBlock, lora: LayerAdapter | None, *, dtype: torch.dtype, rows: int | None
+) -> DecodingLayer:
+    weights = block.in_proj.weight.detach(), block.out_proj.weight.detach()
+    low_rank = None
+    if lora is not None and dtype in (torch.float32, torch.float64):
+        weights = block.merged(lora)
+    elif lora is not None:
+        low_rank = LowRank(*(part.to(dtype) for part in lora.side_by_side()))
+    gains = None
+    if block.q_norm is not None and block.k_norm is not None:
+        gains = torch.stack((*[block.q_norm.weight] * block.heads, block.k_norm.weight)).detach()
+        gains = at_least_float32(gains).unflatten(1, (2, -1)) * block.dim_head**-0.5
+    project_in, project_out = (_product(weight, dtype=dtype, rows=rows) for weight in weights)
+    return DecodingLayer(block.norm, project_in, project_out, low_rank, gains)
+
+
+def _product(weight: Tensor, *, dtype: torch.dtype, rows: int | None) -> Product:
+    return pack(weight.to(dtype), rows=rows)
