@@ -8,15 +8,13 @@ their ratio is 1 before the first step. Knows nothing of rewards, losses or step
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.logprobs import chosen_logprobs, compared_logprobs
 from palm_rlhf_pytorch.lora import Adapter
-from palm_rlhf_pytorch.objectives.policy_gradient import kl_exact
-from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock
 from palm_rlhf_pytorch.palm.generation import Generation, generate_responses
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.tensors import at_least_float32, chosen_logprobs
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -29,7 +27,7 @@ class PolicyOutput(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What a rollout records of each response token, (b, t), float32, without gradient.
+    """What a rollout records of each response token, (b, t), float32, without gradient; 0 where nothing was read.
 
     logprobs, values: as in PolicyOutput. ref_logprobs: of the same tokens under the reference. kl_exact: KL(actor ||
     reference) of the whole next-token distributions, nats.
@@ -88,9 +86,8 @@ class ActorCritic(nn.Module):
     """The policy, its value function, and the reference it must not stray from.
 
     Under LoRA the base weights are held once, frozen and bit-identical to those of the `palm` given, which keeps its
-    own flags and scopes. Passes go through torch's fused attention kernels whatever `flash_attn` says: the same
-    function, without maps of (n, n) tokens. Schulman et al., https://arxiv.org/abs/1707.06347; the value of a token
-    reads only what stands before the token.
+    own flags and scopes. Schulman et al., https://arxiv.org/abs/1707.06347; the value of a token reads only what stands
+    before the token.
     """
 
     @typecheck
@@ -108,6 +105,7 @@ class ActorCritic(nn.Module):
         critic_last_layers: int | None = None,
         actor_dropout: float = 0.0,
         critic_dropout: float = 0.0,
+        activation_checkpointing: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         """Put three hats on a model.
@@ -125,6 +123,7 @@ class ActorCritic(nn.Module):
             actor_dropout: dropout of the actor's learning passes. 0: with more, the ratio differs from 1 before the
                 first step by the dropout's noise.
             critic_dropout: dropout of the critic's learning passes.
+            activation_checkpointing: compute layers again in the backward pass; see PaLM.set_activation_checkpointing.
             generator: random state of the adapters' start; None takes torch's global one.
 
         Raises:
@@ -133,7 +132,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         if not palm.causal:
             raise ValueError("palm must be causal: a model that sees later tokens cannot be a policy; use causal=True")
-        self.palm = _fused(palm.share(), True)
+        self.palm = palm.share()
+        self.palm.set_activation_checkpointing(activation_checkpointing)
         self.actor = Hat(
             self.palm, name="actor", lora=actor_lora, r=actor_lora_r, alpha=actor_lora_alpha,
             last_layers=actor_last_layers, dropout=actor_dropout, generator=generator,
@@ -149,7 +149,15 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(
-        self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float = 1.0
+        self,
+        sequences: Tensor,
+        prompt_lengths: Tensor,
+        response_length: int,
+        *,
+        temperature: float = 1.0,
+        lengths: Tensor | None = None,
+        num_tokens: int | None = None,
+        entropy_grad: bool = True,
     ) -> PolicyOutput:
         """Log-probabilities, entropies and values of the responses inside sequences.
 
@@ -158,53 +166,45 @@ class ActorCritic(nn.Module):
             prompt_lengths: tokens of each prompt, at least 1, (b,).
             response_length: t; places beyond a row's own response hold numbers that mean nothing.
             temperature: of sampling; it divides the logits here too.
+            lengths: tokens of each response, at most t, (b,): no more is read out, places beyond are 0. None for all.
+            num_tokens: the sum of lengths, where the caller knows it; to ask the device for it is to wait for it.
+            entropy_grad: whether the entropy is part of a loss; without it has no gradient, which is cheaper.
 
         Returns:
             PolicyOutput, (b, t) each.
         """
-        hidden = self.actor.embed(self.palm, sequences)
-        return self._output(hidden, sequences, prompt_lengths, response_length, temperature)
+        at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
+        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
+        found = chosen_logprobs(
+            hidden, model.token_emb.weight, at.ids, temperature=temperature, entropy_grad=entropy_grad
+        )
+        return PolicyOutput(at.put(found.logprobs), at.put(found.entropy), self._values(sequences, at))
 
     @torch.no_grad()
     def observe(
-        self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float = 1.0
+        self,
+        sequences: Tensor,
+        prompt_lengths: Tensor,
+        response_length: int,
+        *,
+        temperature: float = 1.0,
+        lengths: Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> Observation:
         """What `forward` gives, and the reference beside it, from one pass of each hat; arguments as there."""
-        hidden, reference = self.actor.embed(self.palm, sequences), self.palm.embed(sequences, dropout=0.0)
-        place = sequences, prompt_lengths, response_length, temperature
-        policy = self._output(hidden, *place)
-        ref_logprobs, _ = self._logprobs(self.palm, reference, *place)
-        hidden, reference = (_before_response(x, prompt_lengths, response_length) for x in (hidden, reference))
-        kl = torch.cat(
-            [
-                kl_exact(
-                    self._logits(self.actor.model(self.palm), own, temperature),
-                    self._logits(self.palm, ref, temperature),
-                )
-                for own, ref in zip(hidden.flatten(0, 1).split(1024), reference.flatten(0, 1).split(1024), strict=True)
-            ]
-        )
-        return Observation(policy.logprobs, policy.values, ref_logprobs, kl.reshape(ref_logprobs.shape))
+        at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
+        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
+        found = compared_logprobs(
+            hidden, model.token_emb.weight, at.ids, ref_hidden=at.before(self.palm.embed(sequences, dropout=0.0)),
+            ref_weight=self.palm.token_emb.weight, temperature=temperature,
+        )  # fmt: skip
+        values = self._values(sequences, at)
+        return Observation(at.put(found.logprobs), values, at.put(found.ref_logprobs), at.put(found.kl))
 
-    def _output(
-        self, hidden: Tensor, sequences: Tensor, prompt_lengths: Tensor, length: int, temperature: float
-    ) -> PolicyOutput:
-        """The actor's hidden states (b, n, d) read out, and the critic's values."""
-        model = self.actor.model(self.palm)
-        logprobs, entropy = self._logprobs(model, hidden, sequences, prompt_lengths, length, temperature)
-        valued = _before_response(self.critic.embed(self.palm, sequences), prompt_lengths, length)
-        values = self.value_head(valued.to(self.value_head.weight.dtype))[..., 0].float()
-        return PolicyOutput(logprobs, entropy, values)
-
-    def _logits(self, model: PaLM, hidden: Tensor, temperature: float) -> Tensor:
-        return at_least_float32(F.linear(hidden, model.token_emb.weight)) / temperature
-
-    def _logprobs(
-        self, model: PaLM, hidden: Tensor, sequences: Tensor, prompt_lengths: Tensor, length: int, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        ids = sequences.gather(1, _places(prompt_lengths, length, sequences.shape[1]))
-        hidden = _before_response(hidden, prompt_lengths, length)
-        return chosen_logprobs(hidden, model.token_emb.weight, ids, temperature=temperature)
+    def _values(self, sequences: Tensor, at: "Places") -> Tensor:
+        """The critic's values before the places' tokens, (b, t)."""
+        hidden = at.before(self.critic.embed(self.palm, sequences))
+        return at.put(self.value_head(hidden.to(self.value_head.weight.dtype))[..., 0].float())
 
     def generate(
         self,
@@ -237,7 +237,8 @@ class ActorCritic(nn.Module):
         palm = self.actor.model(self.palm).share(trainable=lambda name: True)
         if self.actor.adapter is not None:
             palm.merge_adapter(self.actor.adapter)
-        return _fused(palm, bool(palm.config["flash_attn"]))
+        palm.set_activation_checkpointing(False)
+        return palm
 
     @property
     def has_dropout(self) -> bool:
@@ -245,21 +246,44 @@ class ActorCritic(nn.Module):
         return self.actor.dropout > 0 or self.critic.dropout > 0
 
 
-def _fused(palm: PaLM, fused: bool) -> PaLM:
-    """The model with torch's fused attention kernels on or off: the same function, without maps of (n, n) tokens."""
-    for layer in palm.layers:
-        assert isinstance(layer, ParallelTransformerBlock)
-        layer.fused = fused
-    return palm
+class Places(NamedTuple):
+    """Which response tokens are read out, m of them.
+
+    shape: (b, t).
+    slots: where they belong in (b t), (m,); None where they are all of it.
+    sources: where the token before each stands in (b n), (m,): what predicts it, and what values it.
+    ids: the tokens themselves, (m,).
+    """
+
+    shape: tuple[int, int]
+    slots: Tensor | None
+    sources: Tensor
+    ids: Tensor
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """Of hidden states (b, n, d) those of the token before each, (m, d)."""
+        return rearrange(hidden, "b n d -> (b n) d").index_select(0, self.sources)
+
+    def put(self, values: Tensor) -> Tensor:
+        """Numbers (m,) at their places in (b, t), 0 elsewhere."""
+        if self.slots is None:
+            return values.reshape(self.shape)
+        return values.new_zeros(self.shape[0] * self.shape[1]).index_copy(0, self.slots, values).reshape(self.shape)
 
 
-def _places(prompt_lengths: Tensor, length: int, total: int) -> Tensor:
-    """Index of each response token in its sequence, (b, t), clamped to the sequence."""
-    steps = torch.arange(length, device=prompt_lengths.device)
-    return (prompt_lengths[:, None] + steps).clamp(max=total - 1)
-
-
-def _before_response(hidden: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:
-    """Hidden states (b, t, d) of the token before each response token: what predicts it, and what values it."""
-    index = _places(prompt_lengths - 1, length, hidden.shape[1])
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+def _places(
+    sequences: Tensor, prompt_lengths: Tensor, steps: int, lengths: Tensor | None, num_tokens: int | None
+) -> Places:
+    """The response tokens within lengths, or all t of each row, those beyond the sequence standing for its last."""
+    (batch, total), device = sequences.shape, sequences.device
+    rows = torch.arange(batch, device=device)
+    slots = None
+    if lengths is None:
+        rows, step = rows.repeat_interleave(steps), torch.arange(steps, device=device).repeat(batch)
+    else:
+        rows = rows.repeat_interleave(lengths, output_size=num_tokens)
+        step = torch.arange(len(rows), device=device) - (lengths.cumsum(0) - lengths)[rows]
+        slots = rows * steps + step
+    place = prompt_lengths[rows] + step
+    sources, targets = (rows * total + index.clamp(max=total - 1) for index in (place - 1, place))
+    return Places((batch, steps), slots, sources, sequences.flatten()[targets])

@@ -81,7 +81,9 @@ def rollout_metrics(
         "rollout/sampler_logprob_diff_max": (mismatch * mask).max(),
         "rollout/distinct_2": distinct_2(rollout),
     }
-    return {name: float(value) for name, value in figures.items()}
+    device = {name: value for name, value in figures.items() if isinstance(value, Tensor)}  # asked once, not one by one
+    asked = zip(device, torch.stack([value.float() for value in device.values()]).tolist(), strict=True)
+    return {name: float(value) for name, value in (figures | dict(asked)).items()}
 
 
 def timing_metrics(
@@ -96,7 +98,7 @@ def timing_metrics(
         reduce: sums a tensor over ranks.
     """
     now = time.perf_counter()
-    tokens = float(reduce(rollout.response_mask.sum().float()))
+    tokens = float(reduce(rollout.lengths.sum().float()))
     return {
         "perf/rollout_seconds": sampled - started,
         "perf/learn_seconds": now - sampled,
@@ -126,8 +128,8 @@ def distinct_2(rollout: Rollout) -> float:
 
     Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055
     """
-    steps = rollout.response_mask.shape[1]
-    places = rollout.prompt_lengths[:, None] + torch.arange(steps, device=rollout.sequences.device)
+    mask = rollout.response_mask
+    places = rollout.prompt_lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
     tokens = rollout.sequences.gather(1, places.clamp(max=rollout.sequences.shape[1] - 1))
-    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1)[rollout.response_mask[:, 1:]]
+    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1)[mask[:, 1:]]
     return len(torch.unique(pairs, dim=0)) / len(pairs) if len(pairs) else 0.0

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.objectives.advantage import gae, shaped_rewards
 from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.tensors import masked_whiten, split_rows
+from palm_rlhf_pytorch.policy.rollout import Rollout, Rows, row_batches
+from palm_rlhf_pytorch.tensors import masked_whiten
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups
 
 
@@ -114,26 +114,31 @@ class Learner:
         device = rollout.sequences.device
         self.model.train()
         self.accelerator.sync_gradients = True  # accelerate's state is one for all trainers of the process
+        spans = rollout.spans()
         totals: dict[str, Tensor] = {}
         steps = 0
         with _seeded(generator, device) if self.draws else nullcontext():
             for _ in range(self.epochs):
-                order = torch.randperm(len(rollout.sequences), generator=generator).to(device)
-                for rows in order.split(share):
-                    _accumulate(totals, self._step(rollout, targets, rows))
+                order = torch.randperm(len(spans), generator=generator).split(share)
+                for rows in order:
+                    _accumulate(totals, self._step(rollout, targets, spans, rows.tolist()))
                     steps += 1
                     self.steps += 1
         lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        metrics = {name: float(value) / (1 if name.endswith("_max") else steps) for name, value in totals.items()}
+        sums = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
+        metrics = {name: value / (1 if name.endswith("_max") else steps) for name, value in sums.items()}
         return metrics | {"policy/lr": lrs[0], "value/lr": lrs[self.actor_groups]}
 
-    def _step(self, rollout: Rollout, targets: Targets, rows: Tensor) -> dict[str, Tensor]:
+    def _step(
+        self, rollout: Rollout, targets: Targets, spans: list[tuple[int, int]], rows: list[int]
+    ) -> dict[str, Tensor]:
         """One optimizer step on some rows, in microbatches that max_batch_size and max_batch_tokens allow."""
-        num_tokens = self.accelerator.reduce(rollout.response_mask[rows].sum().float(), "sum").clamp(min=1)
+        device = rollout.sequences.device
+        num_tokens = torch.full((), float(sum(spans[row][1] for row in rows)), device=device)
+        num_tokens = self.accelerator.reduce(num_tokens, "sum").clamp(min=1)
         totals: dict[str, Tensor] = {}
-        lengths = rollout.prompt_lengths[rows] + rollout.lengths[rows]
-        parts = split_rows(lengths, max_rows=self.max_batch_size, max_tokens=self.max_batch_tokens)
-        micros = [rows[part] for part in parts]
+        limits = {"max_rows": self.max_batch_size, "max_tokens": self.max_batch_tokens}
+        micros = list(row_batches(spans, rows, device=device, **limits))
         for number, micro in enumerate(micros):
             last = number == len(micros) - 1
             with self.accelerator.no_sync(self.model) if not last else nullcontext():
@@ -154,19 +159,24 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return totals
 
-    def _backward(self, rollout: Rollout, targets: Targets, rows: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
+    def _backward(self, rollout: Rollout, targets: Targets, rows: Rows, num_tokens: Tensor) -> dict[str, Tensor]:
         """Gradients of one microbatch, added to those there are; its part of each diagnostic."""
-        mask, steps = rollout.response_mask, rollout.response_mask.shape[1]
-        advantages, returns = targets.advantages[rows, :steps], targets.returns[rows, :steps]
+        mask, steps = rollout.response_mask, rows.steps
+        advantages, returns = targets.advantages[rows.numbers, :steps], targets.returns[rows.numbers, :steps]
         with self.accelerator.autocast():
-            out = self.model(rollout.sequences, rollout.prompt_lengths, steps, temperature=rollout.temperature)
+            out = self.model(
+                rollout.sequences, rollout.prompt_lengths, steps, temperature=rollout.temperature,
+                lengths=rollout.lengths, num_tokens=rows.num_tokens, entropy_grad=self.entropy_coef != 0,
+            )  # fmt: skip
         policy = policy_loss(
             out.logprobs, rollout.logprobs, advantages, mask, eps_clip=self.eps_clip, dual_clip=self.dual_clip,
             num_tokens=num_tokens,
         )  # fmt: skip
         value = value_loss(out.values, rollout.values, returns, mask, value_clip=self.value_clip, num_tokens=num_tokens)
         entropy = (out.entropy * mask).sum() / num_tokens
-        loss = policy.loss + value.loss - self.entropy_coef * entropy
+        loss = policy.loss + value.loss
+        if self.entropy_coef != 0:
+            loss = loss - self.entropy_coef * entropy
         # the wrapper averages over ranks and accelerate divides by its accumulation steps; N is already of them all
         scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         self.accelerator.backward(loss * scale)

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from palm_rlhf_pytorch.palm.copying import move_together
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.diagnostics import headline, rollout_metrics, timing_metrics
@@ -105,11 +106,10 @@ class RLHFTrainer:
             kept = {name: str(value) for name, value in self.settings.plain().items()}  # some trackers take no lists
             self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **kept})
         self.metrics = MetricsLog(metrics_path, accelerator=self.accelerator)
-        device = self.accelerator.device
-        self.reward_model = reward_model.to(device) if isinstance(reward_model, nn.Module) else reward_model
-        self.actor_critic = ActorCritic(
-            palm.share().to(device), generator=self._generator("adapters"), **self.settings.model_arguments()
-        )
+        self.reward_model, trunk = reward_model, palm.share()
+        judges = [reward_model] if isinstance(reward_model, nn.Module) else []
+        move_together(trunk, *judges, device=self.accelerator.device)  # a judge over the same palm keeps sharing it
+        self.actor_critic = ActorCritic(trunk, generator=self._generator("adapters"), **self.settings.model_arguments())
         self.learner = Learner(self.actor_critic, self.accelerator, **self.settings.learner_arguments())
         self.normalizer = ScoreNormalizer()
         self.kl_coef = self.settings.kl_coef

@@ -3,10 +3,10 @@
     prompts -> responses -> old and reference log-probabilities, values -> (a judge's scores)
 
 Sequences are prompt and response, padded on the right; what belongs to response tokens is (b, t), aligned to where each
-response starts. Nothing here has the size of the vocabulary.
+response starts. Nothing here has the size of the vocabulary: a response token takes 24 bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from palm_rlhf_pytorch.tensors import align_left, lengths_to_mask, split_rows
 class Rollout(NamedTuple):
     """One batch of responses; b sequences, n tokens of the longest, t of the longest response.
 
-    sequences: ids of prompt and response, padded on the right, (b, n).
+    sequences: ids of prompt and response, padded on the right, (b, n), int32: `.long()` where they are to index.
     prompt_lengths: tokens of each prompt, (b,).
-    response_mask: True on response tokens, the EOS included, (b, t).
+    lengths: tokens of each response, the EOS included, (b,).
     logprobs: log-probability (nats) of each response token under the policy that sampled it, by the path that learns,
         (b, t).
     ref_logprobs: the same under the reference, (b, t).
@@ -37,7 +37,7 @@ class Rollout(NamedTuple):
 
     sequences: Tensor
     prompt_lengths: Tensor
-    response_mask: Tensor
+    lengths: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
@@ -49,9 +49,10 @@ class Rollout(NamedTuple):
     scores: Tensor | None = None
 
     @property
-    def lengths(self) -> Tensor:
-        """Tokens of each response, (b,)."""
-        return self.response_mask.sum(dim=-1)
+    def response_mask(self) -> Tensor:
+        """True on response tokens, (b, t)."""
+        # not lengths_to_mask: to check lengths it waits for the device, and this is asked for in every microbatch
+        return torch.arange(self.logprobs.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -63,24 +64,69 @@ class Rollout(NamedTuple):
         """True on prompt and response tokens, (b, n)."""
         return lengths_to_mask(self.prompt_lengths + self.lengths, self.sequences.shape[1])
 
-    def select(self, rows: Tensor) -> "Rollout":
+    def select(self, rows: "Tensor | Rows") -> "Rollout":
         """Some of the rows, trimmed to the longest sequence and response among them."""
-        lengths = self.lengths[rows]
-        total, steps = int((self.prompt_lengths[rows] + lengths).max()), int(lengths.max())
+        if isinstance(rows, Tensor):
+            rows = next(row_batches(self.spans(), rows.tolist(), device=rows.device))
+        index, steps = rows.numbers, rows.steps
         return Rollout(
-            sequences=self.sequences[rows, :total],
-            prompt_lengths=self.prompt_lengths[rows],
-            response_mask=self.response_mask[rows, :steps],
-            logprobs=self.logprobs[rows, :steps],
-            ref_logprobs=self.ref_logprobs[rows, :steps],
-            values=self.values[rows, :steps],
-            sampler_logprobs=self.sampler_logprobs[rows, :steps],
-            kl_exact=self.kl_exact[rows, :steps],
-            ended=self.ended[rows],
+            sequences=self.sequences[index, : rows.total],
+            prompt_lengths=self.prompt_lengths[index],
+            lengths=self.lengths[index],
+            logprobs=self.logprobs[index, :steps],
+            ref_logprobs=self.ref_logprobs[index, :steps],
+            values=self.values[index, :steps],
+            sampler_logprobs=self.sampler_logprobs[index, :steps],
+            kl_exact=self.kl_exact[index, :steps],
+            ended=self.ended[index],
             temperature=self.temperature,
             eos_token=self.eos_token,
-            scores=None if self.scores is None else self.scores[rows],
+            scores=None if self.scores is None else self.scores[index],
         )
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Tokens of each prompt and of each response, as numbers; asking waits for the device: ask once."""
+        prompts, responses = torch.stack((self.prompt_lengths, self.lengths)).tolist()
+        return list(zip(prompts, responses, strict=True))
+
+
+class Rows(NamedTuple):
+    """Some rows of a rollout, and what is to be known of them without asking the device.
+
+    numbers: which rows, (b,), on the device.
+    total: tokens of the longest sequence among them; steps: of the longest response.
+    num_tokens: response tokens of all of them together.
+    """
+
+    numbers: Tensor
+    total: int
+    steps: int
+    num_tokens: int
+
+
+def row_batches(
+    spans: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    *,
+    device: torch.device,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[Rows]:
+    """Cut rows into batches of similar length; one batch, in the order given, where nothing limits it.
+
+    Args:
+        spans: tokens of prompt and response of every row of a rollout, see `Rollout.spans`.
+        rows: which of them to batch.
+        device: where the rollout is; the row numbers go there at once.
+        max_rows: see `split_rows`, as for `max_tokens`.
+        max_tokens: rows times the longest sequence of a batch.
+    """
+    parts = split_rows([sum(spans[row]) for row in rows], max_rows=max_rows or len(rows), max_tokens=max_tokens)
+    batches = [[rows[place] for place in part] for part in parts]
+    indices = torch.tensor([row for batch in batches for row in batch], device=device).split([*map(len, batches)])
+    for batch, index in zip(batches, indices, strict=True):
+        lengths = [spans[row][1] for row in batch]
+        yield Rows(index, max(sum(spans[row]) for row in batch), max(lengths), sum(lengths))
 
 
 @torch.no_grad()
@@ -97,7 +143,7 @@ def collect_rollout(
     max_batch_tokens: int,
     on_step: Callable[[], object] | None = None,
 ) -> Rollout:
-    """Sample a response to each prompt, and record what learning needs of it.
+    """Sample a response to each prompt, and record what learning needs of it; rows come back in the prompts' order.
 
     Args:
         actor_critic: policy, critic and reference; dropout is off whatever its mode.
@@ -107,12 +153,15 @@ def collect_rollout(
         temperature: above 0.
         eos_token: id that ends a response, or None.
         generator: random state of the draws.
-        max_batch_size: rows generated together.
+        max_batch_size: rows generated together; if there are more, those of similar prompt length go together.
         max_batch_tokens: tokens, padding included, in one pass over whole sequences.
         on_step: called after each generated token of a batch.
     """
     was_training = actor_critic.training
     actor_critic.eval()
+    batches = [list(range(len(prompts)))]
+    if len(prompts) > max_batch_size:
+        batches = split_rows(prompt_mask.sum(dim=-1).tolist(), max_rows=max_batch_size)
     try:
         parts = [
             _collect(
@@ -120,11 +169,11 @@ def collect_rollout(
                 temperature=temperature, eos_token=eos_token, generator=generator,
                 max_batch_tokens=max_batch_tokens, on_step=on_step,
             )
-            for rows in torch.arange(len(prompts)).split(max_batch_size)
+            for rows in batches
         ]  # fmt: skip
     finally:
         actor_critic.train(was_training)
-    return _join(parts)
+    return _join(parts, batches)
 
 
 def _collect(
@@ -144,46 +193,51 @@ def _collect(
         prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, eos_token=eos_token,
         generator=generator, on_step=on_step,
     )  # fmt: skip
-    prompt_lengths = prompt_mask.sum(dim=-1)
     sequences, mask = align_left(torch.cat((prompts, out.tokens), 1), torch.cat((prompt_mask, out.mask), 1))
-    sequences = sequences.masked_fill(~mask, 0)[:, : int(mask.sum(dim=-1).max())]
-    steps = out.tokens.shape[1]
-    seen = Observation(*(torch.zeros_like(out.logprobs) for _ in Observation._fields))
-    lengths = mask.sum(dim=-1)
-    for rows in split_rows(lengths, max_rows=len(lengths), max_tokens=max_batch_tokens):
-        part = sequences[rows, : int(lengths[rows].max())], prompt_lengths[rows], steps
-        for record, values in zip(seen, actor_critic.observe(*part, temperature=temperature), strict=True):
-            record[rows] = values.to(record.dtype)
-    seen = Observation(*(record.masked_fill(~out.mask, 0.0) for record in seen))
-    return Rollout(
-        sequences=sequences,
-        prompt_lengths=prompt_lengths,
-        response_mask=out.mask,
-        logprobs=seen.logprobs,
-        ref_logprobs=seen.ref_logprobs,
-        values=seen.values,
+    unread = torch.zeros_like(out.logprobs)
+    rollout = Rollout(
+        sequences=sequences.masked_fill(~mask, 0).int(),
+        prompt_lengths=prompt_mask.sum(dim=-1),
+        lengths=out.mask.sum(dim=-1),
+        logprobs=unread,
+        ref_logprobs=unread,
+        values=unread,
         sampler_logprobs=out.logprobs,
-        kl_exact=seen.kl_exact,
+        kl_exact=unread,
         ended=out.ended,
         temperature=temperature,
         eos_token=eos_token,
     )
+    return _observed(actor_critic, rollout, max_batch_tokens=max_batch_tokens)
 
 
-def _join(parts: list[Rollout]) -> Rollout:
-    """One rollout of several, padded to the longest sequence and response."""
+def _observed(actor_critic: ActorCritic, rollout: Rollout, *, max_batch_tokens: int) -> Rollout:
+    """The rollout without columns that no row needs, and with what actor, critic and reference say of it."""
+    spans = rollout.spans()
+    rollout = rollout._replace(sequences=rollout.sequences[:, : max(map(sum, spans))].contiguous())
+    seen = Observation(*(torch.zeros_like(rollout.logprobs) for _ in Observation._fields))
+    device = rollout.sequences.device
+    for rows in row_batches(spans, range(len(spans)), device=device, max_tokens=max_batch_tokens):
+        found = actor_critic.observe(
+            rollout.sequences[rows.numbers, : rows.total], rollout.prompt_lengths[rows.numbers], rows.steps,
+            temperature=rollout.temperature, lengths=rollout.lengths[rows.numbers], num_tokens=rows.num_tokens,
+        )  # fmt: skip
+        for record, values in zip(seen, found, strict=True):
+            record[rows.numbers, : rows.steps] = values.to(record.dtype)
+    return rollout._replace(**seen._asdict())
+
+
+def _join(parts: list[Rollout], batches: list[list[int]]) -> Rollout:
+    """One rollout of several, padded to the longest sequence and response, each batch's rows in their places."""
     if len(parts) == 1:
         return parts[0]
 
     def stack(tensors: list[Tensor]) -> Tensor:
-        if tensors[0].ndim == 1:
-            return torch.cat(tensors)
-        joined = tensors[0].new_zeros(sum(map(len, tensors)), max(tensor.shape[1] for tensor in tensors))
-        row = 0
-        for tensor in tensors:
-            joined[row : row + len(tensor), : tensor.shape[1]] = tensor
-            row += len(tensor)
-        return joined
+        width = max(tensor[0].numel() for tensor in tensors)
+        joined = tensors[0].new_zeros(sum(map(len, tensors)), width)
+        for tensor, batch in zip(tensors, batches, strict=True):
+            joined[batch, : tensor[0].numel()] = tensor.reshape(len(tensor), -1)
+        return joined if tensors[0].ndim == 2 else joined[:, 0]
 
     tensors: dict[str, Any] = {
         name: stack([getattr(part, name) for part in parts])

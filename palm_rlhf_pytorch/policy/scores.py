@@ -44,13 +44,16 @@ def judge_sequences(
 ) -> Tensor:
     """Scores (b,) of sequences, checked; in eval mode, without gradient, a batch at a time.
 
+    Rows of similar length are judged together, in their order if one batch takes them all, and trimmed to the longest
+    of them.
+
     Args:
-        judge: called as judge(sequences, prompt_mask=..., mask=...).
+        judge: called as judge(sequences, prompt_mask=..., mask=...), ids as int64.
         sequences: ids of prompt and response, padded on the right, (b, n).
         prompt_mask: True on prompt tokens, (b, n).
         mask: True on prompt and response tokens, (b, n).
         max_batch_size: rows of one call.
-        max_batch_tokens: rows times n of one call, if it has more than one row.
+        max_batch_tokens: rows times the longest of them in one call, if it has more than one row.
         where: which step this is; added to a judge's own error.
 
     Returns:
@@ -60,40 +63,47 @@ def judge_sequences(
         TypeError: if scores are no tensor of numbers.
         ValueError: if their shape is not (b,), or one is NaN or infinite (the rows are named).
     """
-    scores = []
+    lengths, device = mask.sum(dim=-1).tolist(), sequences.device
+    scores = torch.zeros(len(lengths), device=device)
     with evaluating(judge):
-        lengths = torch.full(sequences.shape[:1], sequences.shape[1], device=sequences.device)
         for rows in split_rows(lengths, max_rows=max_batch_size, max_tokens=max_batch_tokens):
+            index, width = torch.tensor(rows, device=device), lengths[max(rows, key=lengths.__getitem__)]
+            masks = {"prompt_mask": prompt_mask[index, :width], "mask": mask[index, :width]}
             try:
-                found = judge(sequences[rows], prompt_mask=prompt_mask[rows], mask=mask[rows])
+                found = judge(sequences[index, :width].long(), **masks)
             except Exception as error:
-                error.add_note(
-                    f"raised by the reward model while scoring rows {int(rows[0])} to {int(rows[-1])} of {where}"
-                )
+                error.add_note(f"raised by the reward model while scoring rows {_listed(rows)} of {where}")
                 raise
-            scores.append(check_scores(found, rows, where=f"the reward model in {where}").to(sequences.device))
-    return torch.cat(scores)
+            scores[index] = _as_scores(found, len(rows), where=f"the reward model in {where}").to(device)
+    return check_scores(scores, len(lengths), where=f"the reward model in {where}")
 
 
-def check_scores(scores: object, rows: Tensor, *, where: str) -> Tensor:
-    """Scores as float32 without gradient, if they are one finite number for each of the rows (b,).
+def check_scores(scores: object, count: int, *, where: str) -> Tensor:
+    """Scores as float32 without gradient, if they are one finite number for each of count rows.
 
     Raises:
         TypeError: if scores are no tensor of real numbers.
-        ValueError: if their shape is not (b,), or one is NaN or infinite (the rows are named).
+        ValueError: if their shape is not (count,), or one is NaN or infinite (the rows are named).
     """
+    found = _as_scores(scores, count, where=where)
+    bad = ~found.isfinite()
+    if bool(bad.any()):
+        raise ValueError(f"scores of {where} are NaN or infinite for rows {_listed(bad.nonzero()[:, 0].tolist())}")
+    return found
+
+
+def _as_scores(scores: object, count: int, *, where: str) -> Tensor:
+    """What can be said without looking at the numbers, for which a device would have to be waited for."""
     if not isinstance(scores, Tensor) or scores.is_complex():
         kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"scores of {where} are {kind}: they must be a tensor of real numbers, ({len(rows)},)")
-    if scores.shape != rows.shape:
-        raise ValueError(f"scores of {where} have shape {tuple(scores.shape)}: it must be ({len(rows)},)")
-    scores = scores.detach().float()
-    bad = ~scores.isfinite()
-    if bool(bad.any()):
-        numbers = rows[bad.to(rows.device)].tolist()
-        more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
-        raise ValueError(f"scores of {where} are NaN or infinite for rows {numbers[:10]}{more}")
-    return scores
+        raise TypeError(f"scores of {where} are {kind}: they must be a tensor of real numbers, ({count},)")
+    if scores.shape != (count,):
+        raise ValueError(f"scores of {where} have shape {tuple(scores.shape)}: it must be ({count},)")
+    return scores.detach().float()
+
+
+def _listed(rows: list[int]) -> str:
+    return f"{rows[:10]} and {len(rows) - 10} more" if len(rows) > 10 else f"{rows}"
 
 
 def best_response(
@@ -183,8 +193,7 @@ def learnt_scores(
     """
     if rollout.scores is None:
         raise ValueError("rollout has no scores: call score(rollout) first, or set them by rollout._replace(scores=)")
-    rows = torch.arange(len(rollout.sequences), device=rollout.sequences.device)
-    scores = check_scores(rollout.scores, rows, where="this rollout").to(rows.device)
+    scores = check_scores(rollout.scores, len(rollout.sequences), where="this rollout").to(rollout.sequences.device)
     if normalizer is not None:
         scores = normalizer.fit(scores, reduce=reduce)(scores)
     return penalize_missing_eos(scores, rollout, penalty=penalty, replacement=replacement)

@@ -67,6 +67,8 @@ class PPOSettings:
             learnt from a rollout does not, but which responses are drawn does.
         max_batch_tokens: tokens, padding included, in one pass that learns or scores; memory follows it, results do
             not. 4096 keeps a step of the README's model at about 5 GB.
+        activation_checkpointing: keep a layer's input alone for the backward pass and compute the layer again there:
+            less memory, more time, the same gradients.
     """
 
     actor_lr: float = 1e-4
@@ -102,6 +104,7 @@ class PPOSettings:
     minibatch_size: int = 16
     max_batch_size: int = 64
     max_batch_tokens: int = 4096
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing.
@@ -171,7 +174,8 @@ class PPOSettings:
     def model_arguments(self) -> dict[str, Any]:
         """The part that shapes the ActorCritic."""
         names = ("lora", "lora_r", "lora_alpha", "last_layers", "dropout")
-        return {f"{hat}_{name}": getattr(self, f"{hat}_{name}") for hat in ("actor", "critic") for name in names}
+        hats = {f"{hat}_{name}": getattr(self, f"{hat}_{name}") for hat in ("actor", "critic") for name in names}
+        return hats | {"activation_checkpointing": self.activation_checkpointing}
 
     def batch_limits(self) -> dict[str, int]:
         """The part that bounds a pass."""

@@ -137,7 +137,7 @@ def _check_same_function(path: str | Path, saved: dict[str, Any], present: dict[
 
 def _check_same(path: str | Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Settings must be those of the run, learning rates apart."""
-    free = ("actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens")
+    free = ("actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing")
     differing = [
         f"{name}: file {saved.get(name)}, trainer {value}"
         for name, value in present.items()

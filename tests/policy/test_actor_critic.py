@@ -55,6 +55,42 @@ def test_entropy_is_that_of_the_tempered_distribution(make_palm):
     torch.testing.assert_close(found[0].double(), -(table * table.log()).sum(dim=-1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_observed_has_the_bits_of_what_is_learnt_from(make_palm, move, lora, temperature, dtype):
+    actor_critic = move(ActorCritic(make_palm().to(dtype), actor_lora=lora))
+    lengths = torch.tensor([4, 3])
+    for options in ({}, {"lengths": lengths}, {"lengths": lengths, "num_tokens": 7, "entropy_grad": False}):
+        learnt = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature, **options)
+        options.pop("entropy_grad", None)
+        seen = actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature, **options)
+        assert torch.equal(seen.logprobs, learnt.logprobs) and torch.equal(seen.values, learnt.values)
+
+
+def test_places_beyond_a_response_are_not_read_out(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    whole = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4)
+    found = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, lengths=torch.tensor([2, 3]), num_tokens=5)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    for name in ("logprobs", "entropy", "values"):
+        kept = getattr(found, name)
+        torch.testing.assert_close(kept[mask], getattr(whole, name)[mask], atol=1e-6, rtol=0)
+        assert not kept[~mask].any()
+    grads = [
+        torch.autograd.grad((out.logprobs * mask).sum(), list(actor_critic.actor_parameters().values()))
+        for out in (found, whole)
+    ]
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+def test_ids_may_be_of_32_bits(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    for record in ("forward", "observe"):
+        wide, narrow = (getattr(actor_critic, record)(ids, PROMPT_LENGTHS, 4) for ids in (SEQUENCES, SEQUENCES.int()))
+        assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
 def test_logprobs_reach_far_into_the_tail_and_keep_their_gradient(make_palm):
     palm = make_palm()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from palm_rlhf_pytorch.training.metrics import GLOSSARY
 ROLLOUT = Rollout(
     sequences=torch.tensor([[1, 2, 5, 6, 5], [3, 7, 0, 0, 0]]),
     prompt_lengths=torch.tensor([2, 1]),
-    response_mask=torch.tensor([[True, True, True], [True, False, False]]),
+    lengths=torch.tensor([3, 1]),
     logprobs=torch.tensor([[-1.0, -0.5, -2.0], [-0.3, 0.0, 0.0]]),
     ref_logprobs=torch.tensor([[-1.2, -0.4, -1.5], [-0.7, 0.0, 0.0]]),
     values=torch.tensor([[0.3, 0.4, 0.6], [0.2, 0.0, 0.0]]),
@@ -92,8 +92,9 @@ def test_distinct_2_counts_pairs_of_responses_only():
     repeated = ROLLOUT._replace(
         sequences=torch.tensor([[1, 5, 5, 5, 5], [1, 5, 5, 0, 0]]),
         prompt_lengths=torch.tensor([1, 1]),
-        response_mask=torch.tensor([[True] * 4, [True, True, False, False]]),
+        lengths=torch.tensor([4, 2]),
+        logprobs=torch.zeros(2, 4),
     )
     assert distinct_2(repeated) == 0.25  # (5 5) three times, and once
     assert distinct_2(ROLLOUT) == 1.0  # (5 6), (6 5)
-    assert distinct_2(ROLLOUT._replace(response_mask=ROLLOUT.response_mask & (torch.arange(3) < 1))) == 0.0
+    assert distinct_2(ROLLOUT._replace(lengths=torch.tensor([1, 1]))) == 0.0

@@ -44,7 +44,7 @@ def weights(actor_critic):
 def hand_made_rollout(logprobs, ref_logprobs, values, mask):
     rows, steps = mask.shape
     return Rollout(
-        torch.zeros(rows, steps + 1, dtype=torch.long), torch.ones(rows, dtype=torch.long), mask, logprobs,
+        torch.zeros(rows, steps + 1, dtype=torch.int), torch.ones(rows, dtype=torch.long), mask.sum(-1), logprobs,
         ref_logprobs, values, logprobs, torch.zeros_like(logprobs), torch.ones(rows, dtype=torch.bool), 1.0, None,
     )  # fmt: skip
 
@@ -117,6 +117,48 @@ def test_microbatches_change_nothing(make_palm, move, lora, limits):
         torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=0)  # steps are of size .01
     for name, value in metrics.items():
         assert other_metrics[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+
+
+def test_only_response_tokens_are_read_out_and_their_graph_holds_no_vocabulary(make_palm, move):
+    """Widths of what autograd keeps: with 997 ids, nothing but the embedding itself is as wide, and no token twice."""
+    actor_critic = move(ActorCritic(make_palm(num_tokens=997)))
+    rollout, targets = experience(actor_critic)
+    kept, tokens = [], int(rollout.lengths.sum())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        update(make_learner(actor_critic), rollout, targets)
+    assert tokens < rollout.response_mask.numel() and (tokens, 12) in kept
+    assert not [shape for shape in kept if 997 in shape and shape != (997, 12)]
+
+
+def test_entropy_that_is_only_looked_at_is_the_same_figure_and_has_no_gradient(make_palm, move, monkeypatch):
+    asked, figures = [], []
+    forward = ActorCritic.forward
+
+    def seen(self, *arguments, entropy_grad, **options):
+        asked.append(entropy_grad)
+        out = forward(self, *arguments, entropy_grad=entropy_grad, **options)
+        assert out.logprobs.requires_grad and out.entropy.requires_grad == entropy_grad
+        return out
+
+    monkeypatch.setattr(ActorCritic, "forward", seen)
+    for coef in (0.0, 1e-3):
+        actor_critic = move(ActorCritic(make_palm()))
+        rollout, targets = experience(actor_critic)
+        figures.append(update(make_learner(actor_critic, entropy_coef=coef), rollout, targets)["policy/entropy"])
+    assert asked == [False, True] and figures[0] == pytest.approx(figures[1], abs=1e-6) and figures[0] > 0.5
+
+
+def test_lengths_are_asked_for_once_an_update(make_palm, move, monkeypatch):
+    """Asking a device makes the host wait for all that the device has still to do."""
+    actor_critic = move(ActorCritic(make_palm()))
+    rollout, targets = experience(actor_critic)
+    asked = []
+    spans, item = Rollout.spans, torch.Tensor.tolist
+    monkeypatch.setattr(Rollout, "spans", lambda self: asked.append("spans") or spans(self))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(tuple(self.shape)) or item(self))
+    update(make_learner(actor_critic, max_batch_size=2, epochs=3, minibatch_size=4), rollout, targets)
+    # the spans, the order of each minibatch (which is the host's own), and the figures of the whole update
+    assert asked[:-1] == ["spans", (2, 8)] + [(4,)] * 6 and len(asked[-1]) == 1
 
 
 @pytest.mark.parametrize("lora", [True, False])

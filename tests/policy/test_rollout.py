@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from palm_rlhf_pytorch.logprobs import logprobs_of
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
-from palm_rlhf_pytorch.tensors import logprobs_of, pad_ragged
+from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout, row_batches
+from palm_rlhf_pytorch.tensors import pad_ragged
 
 EOS = 7
 PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [3, 2], [3, 8, 4], [6])]
@@ -138,25 +139,22 @@ def test_sampled_tokens_follow_the_distribution_that_is_stored(make_palm):
 
 def test_rollout_keeps_a_number_a_token_and_nothing_of_the_vocabularys_size(make_palm):
     rollout = collect(ActorCritic(make_palm(num_tokens=997)), eos_token=None)
-    held = sum(value.numel() for value in rollout if isinstance(value, torch.Tensor))
+    held = sum(value.nbytes for value in rollout if isinstance(value, torch.Tensor))
     rows, tokens, steps = 8, rollout.sequences.shape[1], 6
-    assert held == rows * tokens + 6 * rows * steps + 2 * rows
+    assert tokens == 11 and rollout.sequences.untyped_storage().nbytes() == 4 * rows * tokens
+    assert held == 4 * rows * tokens + 20 * rows * steps + (8 + 8 + 1) * rows  # 24 a response token
 
 
 def test_responses_are_sampled_in_batches_over_a_cache(make_palm, monkeypatch):
-    passes, read_out = [], []
-    embed, to_logits = PaLM.embed, PaLM.to_logits
+    passes = []
+    embed = PaLM.embed
     monkeypatch.setattr(
         PaLM, "embed", lambda self, seq, **kw: passes.append(tuple(seq.shape)) or embed(self, seq, **kw)
     )
-    monkeypatch.setattr(PaLM, "to_logits", lambda self, x: read_out.append(tuple(x.shape)) or to_logits(self, x))
     collect(ActorCritic(make_palm()), eos_token=None, batch=3)
-    # batches of 3, 3 and 2: prompts once, five steps of a token, then actor, critic and reference over all tokens
-    prompts = [(3, 5), (3, 4), (2, 3)]
-    assert passes == [
-        shape for rows, longest in prompts for shape in [(rows, longest)] + [(rows, 1)] * 5 + [(rows, longest + 6)] * 3
-    ]
-    assert read_out == [(rows, 12) for rows, _ in prompts for _ in range(6)]  # the last place only
+    # prompts of 5, 4, 3, then of 3, 2, 2, then of 1, 1: each once, then actor, critic and reference over all tokens
+    expected = [(3, 5), *[(3, 11)] * 3, (3, 3), *[(3, 9)] * 3, *[(2, 7)] * 3]
+    assert [shape for shape in passes if shape[1] > 1] == expected
 
 
 def test_sequences_are_read_in_passes_of_few_tokens_with_the_same_result(make_palm, move, monkeypatch):
@@ -213,7 +211,7 @@ def test_selected_rows_are_trimmed_to_the_longest_of_them():
     rollout = Rollout(
         sequences=torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]),
         prompt_lengths=torch.tensor([2, 1]),
-        response_mask=torch.tensor([[True, True, True], [True, True, False]]),
+        lengths=torch.tensor([3, 2]),
         logprobs=torch.tensor([[1.0, 2, 3], [4, 5, 0]]),
         ref_logprobs=torch.tensor([[1.5, 2, 3], [4, 5, 0]]),
         values=torch.tensor([[10.0, 20, 30], [40, 50, 0]]),
@@ -229,6 +227,32 @@ def test_selected_rows_are_trimmed_to_the_longest_of_them():
     assert part.values.tolist() == [[40, 50]] and part.response_mask.tolist() == [[True, True]]
     assert part.scores.tolist() == [-0.5] and part.ended.tolist() == [True]
     assert part.temperature == 0.7 and part.eos_token == 8
+
+
+def test_rows_come_back_in_the_order_asked_whatever_batches_they_were_sampled_in(make_palm, move):
+    actor_critic = move(ActorCritic(make_palm()))
+    budget = torch.tensor([4, 6, 1, 3, 5, 2, 6, 4])
+    for tokens in (9999, 19):
+        rollout = collect(actor_critic, budget=budget, eos_token=None, batch=3, tokens=tokens)
+        assert rollout.prompt_lengths.tolist() == [len(prompt) for prompt in PROMPTS]
+        assert torch.equal(rollout.lengths, budget)
+        for row, prompt in enumerate(PROMPTS):
+            whole = rollout.sequences[row, : len(prompt) + int(budget[row])].long()
+            assert whole[: len(prompt)].tolist() == prompt.tolist()
+            logits = actor_critic.export_palm()(whole[None])[0, len(prompt) - 1 : -1]
+            expected = logprobs_of(logits, whole[len(prompt) :])
+            for found in (rollout.logprobs, rollout.sampler_logprobs):
+                torch.testing.assert_close(found[row, : int(budget[row])], expected, atol=1e-4, rtol=0)
+            assert not rollout.sequences[row, len(whole) :].any() and not rollout.values[row, int(budget[row]) :].any()
+
+
+def test_row_batches_know_what_is_in_them():
+    spans = [(2, 1), (1, 4), (5, 5), (1, 1), (3, 2)]  # 3, 5, 10, 2 and 5 tokens
+    parts = list(row_batches(spans, [4, 2, 0, 1], device=torch.device("cpu"), max_tokens=11))
+    assert [part.numbers.tolist() for part in parts] == [[2], [4, 1], [0]]
+    assert [part[1:] for part in parts] == [(10, 5, 5), (5, 4, 6), (3, 1, 1)]
+    (whole,) = row_batches(spans, [4, 2, 0], device=torch.device("cpu"))
+    assert whole.numbers.tolist() == [4, 2, 0] and whole[1:] == (10, 5, 8)
 
 
 def test_mode_comes_back_even_after_an_error(make_palm):

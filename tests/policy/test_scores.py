@@ -31,8 +31,8 @@ def rollout_with(scores, *, ended, eos_token):
     rows = len(ended)
     numbers = torch.zeros(rows, 2)
     return Rollout(
-        torch.zeros(rows, 3, dtype=torch.long), torch.ones(rows, dtype=torch.long), numbers == 0, numbers, numbers,
-        numbers, numbers, numbers, torch.tensor(ended), 1.0, eos_token, scores,
+        torch.zeros(rows, 3, dtype=torch.int), torch.ones(rows, dtype=torch.long), torch.full((rows,), 2), numbers,
+        numbers, numbers, numbers, numbers, torch.tensor(ended), 1.0, eos_token, scores,
     )  # fmt: skip
 
 
@@ -56,7 +56,30 @@ def test_judge_reads_no_more_tokens_at_once_than_allowed():
         return sequences[:, 0].float()
 
     scores = judge_sequences(judge, SEQUENCES, PROMPT_MASK, MASK, max_batch_size=8, max_batch_tokens=11, where="here")
-    assert scores.tolist() == [7.0, 7.0, 3.0] and seen == [(2, 5), (1, 5)]
+    assert scores.tolist() == [7.0, 7.0, 3.0] and seen == [(2, 5), (1, 2)]
+
+
+def test_judge_sees_rows_of_similar_length_without_padding_they_do_not_need():
+    seen = []
+
+    def judge(sequences, *, prompt_mask, mask):
+        assert sequences.dtype == torch.long and prompt_mask.dtype == mask.dtype == torch.bool
+        seen.append((sequences.tolist(), prompt_mask.sum(-1).tolist(), mask.sum(-1).tolist()))
+        return sequences[:, 0] + 10.0 * mask.sum(-1)
+
+    limits = {"max_batch_size": 2, "max_batch_tokens": 9999, "where": "here"}
+    order = [2, 0, 1]  # of 2, 4 and 5 tokens
+    scores = judge_sequences(judge, SEQUENCES[order].int(), PROMPT_MASK[order], MASK[order], **limits)
+    assert scores.tolist() == [23.0, 47.0, 57.0]
+    assert seen == [([[7, 7, 1, 7, 0], [7, 2, 7, 7, 7]], [2, 2], [4, 5]), ([[3, 7]], [1], [2])]
+
+
+def test_judge_whose_one_batch_takes_all_sees_rows_in_their_order():
+    scores = judge_sequences(
+        lambda sequences, **masks: torch.arange(3.0), SEQUENCES, PROMPT_MASK, MASK, max_batch_size=3,
+        max_batch_tokens=15, where="here",
+    )  # fmt: skip
+    assert scores.tolist() == [0.0, 1.0, 2.0]
 
 
 class Noisy(nn.Module):
@@ -126,7 +149,7 @@ def test_error_of_a_judge_keeps_its_type_and_says_where():
 
     with pytest.raises(OfflineError, match="no answer") as raised:
         scores_of(judge, 2)
-    assert any("rows 2 to 2 of update 4" in note for note in raised.value.__notes__)
+    assert any("rows [2] of update 4" in note for note in raised.value.__notes__)
 
 
 def test_best_response_is_cut_at_its_end(judge):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.prompts import prompts_from
 from palm_rlhf_pytorch.policy.settings import PPOSettings, check_rollout_arguments, check_train_arguments
 
@@ -130,3 +131,13 @@ def test_prompts_of_a_rollout_are_checked(make_palm, ids, mask, error):
     else:
         with pytest.raises(error):
             check_rollout_arguments(ids, mask, palm=make_palm(), **sampling)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_activation_checkpointing_reaches_every_model_and_not_the_one_given(make_palm, enabled):
+    palm = make_palm()
+    settings = PPOSettings(activation_checkpointing=enabled, actor_lora=False)
+    actor_critic = ActorCritic(palm, **settings.model_arguments())
+    models = [actor_critic.palm, actor_critic.actor.model(actor_critic.palm)]
+    assert [model.activation_checkpointing for model in models] == [enabled, enabled]
+    assert not palm.activation_checkpointing and not actor_critic.export_palm().activation_checkpointing

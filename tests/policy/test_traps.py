@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from palm_rlhf_pytorch.policy import ppo
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.learning import Learner, Targets
 from palm_rlhf_pytorch.policy.rollout import Rollout
@@ -26,6 +27,18 @@ def test_palm_judge_and_trainer_hold_the_base_weights_once(make_trainer, make_pa
     trainer = make_trainer(palm, reward_model=judge)
     trained = [*trainer.learner.actor.values(), *trainer.learner.critic.values(), *judge.finetune_parameters()]
     assert held(palm, judge, trainer.actor_critic) == held(palm) + 4 * sum(p.numel() for p in trained)
+
+
+def test_trainer_moves_judge_and_trunk_together(make_palm, monkeypatch):
+    palm = make_palm()
+    moved = []
+    monkeypatch.setattr(ppo, "move_together", lambda *modules, device: moved.append((modules, device)))
+    judge = RewardModel(palm)
+    trainer = ppo.RLHFTrainer(palm=palm, reward_model=judge, prompt_token_ids=torch.tensor([[1, 2]]))
+    (((trunk, found), device),) = moved
+    assert found is judge and device == trainer.accelerator.device
+    names = dict(trunk.named_parameters())
+    assert all(p.data_ptr() == names[name].data_ptr() for name, p in trainer.actor_critic.palm.named_parameters())
 
 
 def test_modes_of_a_judge_come_back_after_its_error(make_trainer):
@@ -58,12 +71,12 @@ def test_defaults_are_those_of_the_literature():
 
 def one_token(actor_critic: ActorCritic) -> Rollout:
     """One response of one token, as the policy sees it now."""
-    sequences, lengths, mask = torch.tensor([[3, 7]]), torch.tensor([1]), torch.tensor([[True]])
+    sequences, lengths = torch.tensor([[3, 7]]), torch.tensor([1])
     seen = actor_critic.observe(sequences, lengths, 1)
     return Rollout(
-        sequences=sequences, prompt_lengths=lengths, response_mask=mask, logprobs=seen.logprobs,
+        sequences=sequences, prompt_lengths=lengths, lengths=lengths, logprobs=seen.logprobs,
         ref_logprobs=seen.ref_logprobs, values=seen.values, sampler_logprobs=seen.logprobs, kl_exact=seen.kl_exact,
-        ended=mask[0], temperature=1.0, eos_token=None,
+        ended=lengths == 1, temperature=1.0, eos_token=None,
     )  # fmt: skip
 
 
@@ -121,11 +134,11 @@ def test_gamma_and_lambda_of_the_settings_reach_the_targets(make_trainer):
         ({"gamma": 0.5, "gae_lambda": 0.5}, [2.75, 8.0]),  # 1 + (.5 * 3 - 1) + .25 * (8 - 3)
     ):
         trainer = make_trainer(normalize_scores=False, value_clip=None, **settings)
-        sequences, mask, zeros = torch.tensor([[3, 7, 2]]), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2)
+        sequences, zeros = torch.tensor([[3, 7, 2]]), torch.zeros(1, 2)
         rollout = Rollout(
-            sequences=sequences, prompt_lengths=torch.tensor([1]), response_mask=mask, logprobs=zeros,
+            sequences=sequences, prompt_lengths=torch.tensor([1]), lengths=torch.tensor([2]), logprobs=zeros,
             ref_logprobs=zeros, values=torch.tensor([[1.0, 3.0]]), sampler_logprobs=zeros, kl_exact=zeros,
-            ended=mask[:, 0], temperature=1.0, eos_token=None, scores=torch.tensor([8.0]),
+            ended=torch.tensor([True]), temperature=1.0, eos_token=None, scores=torch.tensor([8.0]),
         )  # fmt: skip
         metrics = trainer.learn(rollout)
         assert metrics["returns/mean"] == pytest.approx(sum(expected) / 2)
