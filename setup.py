@@ -24,6 +24,7 @@ setup(
     install_requires=["torch>=2.13", "einops", "beartype>=0.23", "accelerate", "tqdm", "numpy"],
     extras_require={
         "test": ["pytest", "ruff", "mypy"],
+        "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}
         "tensorboard": ["tensorboard"],  # accelerate_kwargs={"log_with": "tensorboard", "project_dir": ...}
     },

@@ -43,13 +43,15 @@ def pack(weight: Tensor, *, rows: int | None) -> Product:
     """The product with a weight that is used many times: x (..., d) -> x @ weight.T, (..., k), without gradient.
 
     On a CPU the weight is copied into oneDNN's layout once: a product with few rows then reads it at the memory's
-    speed. Elsewhere nothing is copied.
+    speed. Nothing is copied elsewhere, nor where MKL reads it as fast: one or two float32 rows on Intel's processors.
 
     Args:
         weight: (k, d).
         rows: how many rows x will have, most of the time; None if the product is not taken often enough to pay.
     """
     if rows is None or not (_plain_cpu(weight) and onednn_works(weight.dtype)):
+        return partial(_multiply, weight=weight)
+    if rows <= 2 and weight.dtype == torch.float32 and not mkl_is_slow():
         return partial(_multiply, weight=weight)
     packed = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), rows)
     return partial(_onednn, weight=packed)

@@ -83,6 +83,21 @@ def test_packed_weights_give_the_product(dtype, rows):
     assert torch.equal(weight, kept)
 
 
+@pytest.mark.parametrize(
+    ("slow", "rows", "dtype", "copied"),
+    [(True, 1, torch.float32, True), (False, 2, torch.float32, False), (False, 3, torch.float32, True),
+     (False, 1, torch.bfloat16, True), (True, None, torch.float32, False), (True, 1, torch.float64, False)],
+)  # fmt: skip
+def test_weights_are_copied_where_that_pays(monkeypatch, slow, rows, dtype, copied):
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: slow)
+    weight = torch.randn(33, 19).to(dtype)
+    product = pack(weight, rows=rows)
+    x = torch.randn(3, 19).to(dtype)
+    before = product(x)
+    weight.zero_()
+    assert torch.equal(product(x), before) == (copied and onednn_works(dtype))
+
+
 @pytest.mark.parametrize("fault", ["missing", "wrong", "refused"])
 def test_without_a_working_onednn_everything_goes_by_torchs_own_route(monkeypatch, always_large, fresh_probe, fault):
     def broken(*_, **__):

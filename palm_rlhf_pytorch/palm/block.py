@@ -97,7 +97,8 @@ class ParallelTransformerBlock(nn.Module):
             fused=self.fused,
         )  # fmt: skip
         out = rearrange(out, "b h n d -> b n (h d)")
-        ff = F.silu(gate) * ff
+        # without gradients in place: memory that was never touched before costs a CPU more than the arithmetic
+        ff = F.silu(gate) * ff if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(ff)
         ff = F.dropout(ff, common.ff_dropout) if common.ff_dropout > 0 else ff
         update = linear(torch.cat((out, ff), dim=-1), self.out_proj.weight)
         return update if lora is None else update + lora.o(out)

@@ -20,7 +20,7 @@ from palm_rlhf_pytorch.rotary import rotary_factors
 from palm_rlhf_pytorch.tensors import at_least_float32
 
 SPAN = 256  # with CUDA graphs, attention reads the cache in multiples of so many places: one graph for each
-STEPS_WORTH_PACKING = 8  # a copy of the weights costs what two or three steps read
+STEPS_WORTH_PACKING = 12  # laying out a copy of the weights takes as long as it saves in about ten steps
 
 
 class Decodable(Protocol):

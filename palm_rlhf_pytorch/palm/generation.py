@@ -20,7 +20,9 @@ from palm_rlhf_pytorch.palm.responses import DRAWS, Responses
 from palm_rlhf_pytorch.palm.sampling import SMALLEST_TEMPERATURE, check_sampling
 from palm_rlhf_pytorch.tensors import align_right, lengths_to_mask
 
-PREFILL_TOKENS = 8192  # tokens, padding included, in one pass over prompts: it bounds the memory that pass takes
+# Tokens, padding included, in one pass over prompts: few enough that a CPU's cache holds what a layer makes of them,
+# and that a GPU has room for it.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 32768}
 # Steps between two looks at which rows have ended, and the share of rows alive from which on the others stay in the
 # batch: a CPU answers at once; a CUDA device has to be waited for, and a batch of another size is a new graph.
 CHECKS = {"cpu": (1, 0.75), "cuda": (16, 0.5)}
@@ -214,12 +216,12 @@ def _prefill(
     Returns:
         Hidden states of the last tokens, (b, d).
     """
-    length = prompts.shape[1]
+    length, most = prompts.shape[1], PREFILL_TOKENS["cpu" if prompts.device.type == "cpu" else "cuda"]
     marked = prompts if prompt_mask is None else prompts.masked_fill(~prompt_mask, -1)
     different, which = torch.unique(marked, dim=0, return_inverse=True)
     lengths = (different >= 0).sum(dim=-1)
     hidden: Tensor | None = None
-    for chosen in lengths.argsort(stable=True).split(max(1, PREFILL_TOKENS // length)):
+    for chosen in lengths.argsort(stable=True).split(max(1, most // length)):
         longest = int(lengths[chosen].max())
         ids = different[chosen, length - longest :]
         mask = ids >= 0

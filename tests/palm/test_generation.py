@@ -154,7 +154,7 @@ def test_prompts_are_read_in_passes_of_like_length_and_bounded_size(make_palm, r
     expected = palm.generate(11, prompts, prompt_mask=mask, temperature=0.0)
     embedded, embed = [], palm.embed
     monkeypatch.setattr(palm, "embed", lambda seq, **rest: (embedded.append(tuple(seq.shape)), embed(seq, **rest))[1])
-    monkeypatch.setattr("palm_rlhf_pytorch.palm.generation.PREFILL_TOKENS", 14)
+    monkeypatch.setattr("palm_rlhf_pytorch.palm.generation.PREFILL_TOKENS", {"cpu": 14})
     assert torch.equal(palm.generate(11, prompts, prompt_mask=mask, temperature=0.0), expected)
     assert embedded == [(2, 3), (2, 7)]
 
