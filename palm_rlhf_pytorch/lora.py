@@ -82,20 +82,33 @@ class LayerAdapter(nn.Module):
         self.v = LoRA(dim, dim_head, r=r, alpha=alpha, generator=generator)
         self.o = LoRA(inner, dim, r=r, alpha=alpha, generator=generator)
 
-    def project_in(self, x: Tensor) -> Tensor:
-        """Updates of queries, keys and values side by side, (..., inner + 2 dim_head)."""
-        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+    def add_in(self, projected: Tensor, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side (..., inner + 2 dim_head), with what x (..., dim) adds to them."""
+        down, up, _, _ = self.side_by_side()
+        return _add_product(projected, x, down, up)
+
+    def add_out(self, projected: Tensor, x: Tensor) -> Tensor:
+        """The way out (..., dim), with what x (..., inner) adds to it."""
+        return _add_product(projected, x, self.o.A, self.o.B * self.o.scale)
 
     def side_by_side(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same as four matrices without gradient, scales included: x @ down_in @ up_in, and x @ down_out @ up_out.
+        """The adapter as four matrices, scales included: it adds x @ down_in @ up_in, and x @ down_out @ up_out.
 
         Returns:
             down_in (dim, 3 r), up_in (3 r, inner + 2 dim_head) block by block, down_out (inner, r), up_out (r, dim).
         """
         into = (self.q, self.k, self.v)
-        down_in = torch.cat([lora.A.detach() for lora in into], dim=1)
-        up_in = torch.block_diag(*(lora.B.detach() * lora.scale for lora in into))
-        return down_in, up_in, self.o.A.detach(), self.o.B.detach() * self.o.scale
+        down_in = torch.cat([lora.A for lora in into], dim=1)
+        up_in = torch.block_diag(*(lora.B * lora.scale for lora in into))
+        return down_in, up_in, self.o.A, self.o.B * self.o.scale
+
+
+def _add_product(base: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """base + x @ down @ up in base's dtype; where that is the adapter's own, in one pass over base."""
+    low = x.to(down.dtype) @ down
+    if base.dtype == low.dtype == up.dtype:
+        return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up).unflatten(0, base.shape[:-1])
+    return base + (low @ up).to(base.dtype)
 
 
 class Adapter(nn.Module):

@@ -83,11 +83,10 @@ class ParallelTransformerBlock(nn.Module):
     ) -> Tensor:
         x = self.norm(x)
         projected = linear(x, self.in_proj.weight)
-        q, k, v, ff, gate = projected.split(self.splits, dim=-1)
+        into, ff, gate = projected.split((sum(self.splits[:3]), *self.splits[3:]), dim=-1)
         if lora is not None:
-            # in the projection's dtype: under autocast x is wider, and adapted passes alone would attend in float32
-            dq, dk, dv = lora.project_in(x).to(projected.dtype).split(self.splits[:3], dim=-1)
-            q, k, v = q + dq, k + dk, v + dv
+            into = lora.add_in(into, x)
+        q, k, v = into.split(self.splits[:3], dim=-1)
         q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
         q, k = self._place(q, k, common.rotary)
         if store is not None:
@@ -101,7 +100,7 @@ class ParallelTransformerBlock(nn.Module):
         ff = F.silu(gate) * ff if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(ff)
         ff = F.dropout(ff, common.ff_dropout) if common.ff_dropout > 0 else ff
         update = linear(torch.cat((out, ff), dim=-1), self.out_proj.weight)
-        return update if lora is None else update + lora.o(out)
+        return update if lora is None else lora.add_out(update, out)
 
     def _place(self, q: Tensor, k: Tensor, rotary: RotaryFactors) -> tuple[Tensor, Tensor]:
         """Normalise where asked, then turn queries (b, h, n, d) and keys (b, n, d) by their positions."""

@@ -216,7 +216,7 @@ def _decoding_layer(
     if lora is not None and dtype in (torch.float32, torch.float64):
         weights = block.merged(lora)
     elif lora is not None:
-        low_rank = LowRank(*(part.to(dtype) for part in lora.side_by_side()))
+        low_rank = LowRank(*(part.detach().to(dtype) for part in lora.side_by_side()))
     gains = None
     if block.q_norm is not None and block.k_norm is not None:
         gains = torch.stack((*[block.q_norm.weight] * block.heads, block.k_norm.weight)).detach()
