@@ -1,7 +1,8 @@
 """Log-probabilities of chosen tokens, from features and an output embedding, without a vocabulary a token being kept.
 
 Logits are made a chunk of tokens at a time, reduced to a few numbers a token, and dropped. Old, new and reference
-log-probabilities all come from `_softmax` here, so that their ratio is exactly 1 before the first step.
+log-probabilities all come from `_softmax` here, so that their ratio is 1 before the first step: exactly, where products
+round alike whatever the number of rows, else up to that rounding.
 Knows no model, no loss and no batch: what is read out, the caller has picked.
 """
 

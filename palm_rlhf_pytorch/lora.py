@@ -104,7 +104,7 @@ class LayerAdapter(nn.Module):
 
 
 def _add_product(base: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """base + x @ down @ up in base's dtype; where that is the adapter's own, in one pass over base."""
+    """Base + x @ down @ up in base's dtype; where that is the adapter's own, in one pass over base."""
     low = x.to(down.dtype) @ down
     if base.dtype == low.dtype == up.dtype:
         return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up).unflatten(0, base.shape[:-1])

@@ -71,7 +71,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
         return False
     if not all(hasattr(getattr(torch.ops.mkldnn, name, None), "default") for name in operators):
         return False
-    x, weight = (torch.arange(n * 19.0).reshape(n, 19).sin().to(dtype) for n in (3, 37))
+    x, weight = (torch.arange(n * 19.0, device="cpu").reshape(n, 19).sin().to(dtype) for n in (3, 37))
     exact = x.double() @ weight.double().T
     try:
         found = [

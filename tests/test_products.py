@@ -134,3 +134,10 @@ def test_probing_leaves_random_state_and_settings_alone(fresh_probe):
     state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
     onednn_works(torch.float32)
     assert torch.equal(torch.get_rng_state(), state) and torch.get_float32_matmul_precision() == precision
+
+
+def test_probing_is_done_on_the_cpu_whatever_the_default_device(fresh_probe):
+    expected = onednn_works(torch.float32)
+    onednn_works.cache_clear()
+    with torch.device("meta"):
+        assert onednn_works(torch.float32) == expected

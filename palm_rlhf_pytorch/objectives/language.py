@@ -65,7 +65,7 @@ def chunked_next_token_loss(
     ids: Tensor,
     *,
     mask: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     chunk_size: int | None = None,
 ) -> LanguageLoss:
     """The same loss from features and output embedding, without a (b, n, v) tensor of logits ever being kept.
@@ -78,7 +78,7 @@ def chunked_next_token_loss(
         weight: output embedding, (v, d).
         ids: see `next_token_loss`, as for `mask` and `ignore_index`.
         mask: True where a token counts as a target, (b, n); None for all.
-        ignore_index: a target with this id does not count.
+        ignore_index: a target with this id does not count; None where there is none, which spares a look at the ids.
         chunk_size: tokens worked on at a time; None for what suits the device.
 
     Returns:
@@ -96,10 +96,13 @@ def chunked_next_token_loss(
         chunk_size = max(1, budget // len(weight))
     elif chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
-    counted = _counted_targets(ids, mask, ignore_index)
-    rows, targets = hidden[:, :-1][counted], ids[:, 1:][counted].long()
+    if mask is None and ignore_index is None:
+        rows, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten().long()
+    else:
+        counted = _counted_targets(ids, mask, ignore_index)
+        rows, targets = hidden[:, :-1][counted], ids[:, 1:][counted].long()
     loss: Tensor = _MeanLoss.apply(rows, weight, targets, product_dtype(weight), chunk_size, torch.is_grad_enabled())
-    return LanguageLoss(loss, counted.sum())
+    return LanguageLoss(loss, torch.tensor(len(rows), device=loss.device))
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -159,7 +162,7 @@ def _add_product(total: Tensor | None, error: Tensor, rows: Tensor) -> Tensor:
     return total.addmm_(error.t(), rows) if error.dtype == total.dtype else total.add_(error.t() @ rows)
 
 
-def _counted_targets(ids: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+def _counted_targets(ids: Tensor, mask: Tensor | None, ignore_index: int | None) -> Tensor:
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     check_masked(mask, ids=ids)
-    return mask[:, 1:] & (ids[:, 1:] != ignore_index)
+    return mask[:, 1:] if ignore_index is None else mask[:, 1:] & (ids[:, 1:] != ignore_index)

@@ -72,8 +72,11 @@ class Decoder:
             steps: how often a step will be taken; few are not worth copies of the weights.
             replayable: read the cache in multiples of SPAN, so that a CUDA graph of one step serves for the next;
                 room is rounded up to one. None where there are such graphs.
+
+        Raises:
+            TypeError: if a layer was put into a wrapper: what that does to it would be left out.
         """
-        blocks = [block for block in model.layers if isinstance(block, ParallelTransformerBlock)]
+        blocks = [_as_block(layer, index) for index, layer in enumerate(model.layers)]
         self.embedding, self.norm = model.token_emb.weight, model.norm
         dtype, device = product_dtype(self.embedding), self.embedding.device
         self.heads, self.dim_head, self.scale = blocks[0].heads, blocks[0].dim_head, blocks[0].scale
@@ -206,6 +209,15 @@ def _complex_factors(room: int, dim_head: int, *, scale_base: int | None, device
     query, key = ((factors.query_cos, factors.query_sin), (factors.key_cos, factors.key_sin))
     half = dim_head // 2
     return torch.stack([torch.complex(cos[0, :, :half], sin[0, :, :half]) for cos, sin in (query, key)], dim=1)
+
+
+def _as_block(layer: nn.Module, index: int) -> ParallelTransformerBlock:
+    if not isinstance(layer, ParallelTransformerBlock):
+        raise TypeError(
+            f"layers.{index} is a {type(layer).__name__}, not a ParallelTransformerBlock: generation reads the weights"
+            " of the layers itself; wrap the whole model, or compile a layer in place (layer.compile())"
+        )
+    return layer
 
 
 def _decoding_layer(

@@ -148,7 +148,7 @@ def generate_responses(
     check_generator(generator, prompts.device)
     prompts, prompt_mask = _pack(prompts, prompt_mask)
     batch, prompt_length = prompts.shape
-    budget = torch.as_tensor(max_new_tokens, device=prompts.device).expand(batch)
+    budget = torch.as_tensor(max_new_tokens, device=prompts.device).long().expand(batch)
     shortest, steps = (int(extreme) for extreme in budget.aminmax())
     if shortest < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1 for every prompt")
@@ -161,8 +161,7 @@ def generate_responses(
         sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
     )  # fmt: skip
     hidden = _prefill(model, decoder, prompts, prompt_mask, adapter)
-    with torch.inference_mode(), torch.autocast(prompts.device.type, enabled=False):
-        _respond(decoder, hidden, responses, steps, on_step)
+    _respond(decoder, hidden, responses, steps, on_step)
     taken = int(responses.lengths.max())
     mask = lengths_to_mask(responses.lengths, taken)
     logprobs = responses.logprobs[:, :taken].masked_fill(~mask, 0.0)
@@ -181,14 +180,16 @@ def _respond(
 
     advance_fast = StepGraphs(advance, hidden.device)
     for step in range(steps):
-        if step % DRAWS == 0:
-            responses.refill()
-        if step == 0:
-            responses.record(decoder.read_out(hidden))
-        else:
-            advance_fast(decoder.span)
-            decoder.filled += 1
-        if on_step is not None:
+        with torch.inference_mode(), torch.autocast(hidden.device.type, enabled=False):
+            if step % DRAWS == 0:
+                responses.refill()
+            if step == 0:
+                responses.record(decoder.read_out(hidden))
+            else:
+                span = decoder.span
+                advance_fast(span, left=min(span - decoder.filled, steps - step))
+                decoder.filled += 1
+        if on_step is not None:  # the caller's own: in the caller's own modes
             on_step()
         if not responses.may_end_early or step % check_every != check_every - 1:
             continue
@@ -196,8 +197,9 @@ def _respond(
         if len(alive) == 0:
             break
         if len(alive) <= share * len(responses.rows):
-            responses.keep(alive)
-            decoder.keep(alive)
+            with torch.inference_mode():
+                responses.keep(alive)
+                decoder.keep(alive)
             advance_fast = StepGraphs(advance, hidden.device)
 
 

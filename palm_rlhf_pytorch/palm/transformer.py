@@ -130,7 +130,7 @@ class PaLM(nn.Module):
             return self.to_logits(hidden)
         if mask is not None:  # the first real token after padding has nothing to be predicted from
             mask = mask & F.pad(mask[:, :-1], (1, 0), value=False)
-        ignored = self.cross_entropy_ignore_index
+        ignored = None if self.cross_entropy_ignore_index < 0 else self.cross_entropy_ignore_index  # ids are not
         return chunked_next_token_loss(hidden, self.token_emb.weight, seq, mask=mask, ignore_index=ignored).loss
 
     def embed(

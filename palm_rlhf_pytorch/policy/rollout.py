@@ -67,6 +67,9 @@ class Rollout(NamedTuple):
     def select(self, rows: "Tensor | Rows") -> "Rollout":
         """Some of the rows, trimmed to the longest sequence and response among them."""
         if isinstance(rows, Tensor):
+            rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+            if len(rows) == 0:
+                raise ValueError("rows selects no row of the rollout; give at least one")
             rows = next(row_batches(self.spans(), rows.tolist(), device=rows.device))
         index, steps = rows.numbers, rows.steps
         return Rollout(

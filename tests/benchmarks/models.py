@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch import ActorCritic, PaLM
+from palm_rlhf_pytorch.palm.decoding import STEPS_WORTH_PACKING
 from tests.benchmarks.counts import Shape
 
 # Log-probabilities of cached and uncached passes. 1e-5 is rounding in float32; bfloat16 keeps 8 bits, and two orders of
@@ -109,11 +110,12 @@ def check_decoding(palm: PaLM) -> None:
         SystemExit: if they do not; what differs is named.
     """
     tolerance = TOLERANCES[palm.token_emb.weight.dtype]
-    lengths, longest, new = (7, 33, 20), 33, 12
+    lengths, longest, new = (7, 33, 20), 33, STEPS_WORTH_PACKING + 4
     prompts = torch.randint(1, palm.num_tokens, (len(lengths), longest), device=palm.device)
     mask = torch.arange(longest, device=palm.device) < torch.tensor(lengths, device=palm.device)[:, None]
     prompts = prompts.masked_fill(~mask, 0)
     greedy = palm.generate(longest + new, prompts, prompt_mask=mask, max_new_tokens=new, temperature=0.0)
+    _check_scope(palm, prompts[1], new)
     actor_critic = ActorCritic(palm).eval()
     sampled = actor_critic.generate(prompts, mask, max_new_tokens=new)
     for row, length in enumerate(lengths):
@@ -133,7 +135,19 @@ def check_decoding(palm: PaLM) -> None:
                 raise SystemExit(f"gate: log-probabilities of {name} differ by {apart:.2g}, tolerance {tolerance}")
 
 
-def _uncached_logprobs(palm: PaLM, prompt: Tensor, response: Tensor) -> Tensor:
+def _check_scope(palm: PaLM, prompt: Tensor, new: int) -> None:
+    """The same of greedy tokens under an adapter that counts."""
+    palm.add_finetune_params("gate")
+    fill_adapter(palm, "gate")
+    tokens = palm.generate(len(prompt) + new, prompt, temperature=0.0, finetune_scope="gate")
+    uncached = _uncached_logprobs(palm, prompt, tokens, finetune_scope="gate")
+    palm.remove_finetune_params("gate")
+    behind = uncached.amax(dim=-1) - uncached.gather(-1, tokens[:, None])[:, 0]
+    if not float(behind.max()) <= TOLERANCES[palm.token_emb.weight.dtype]:
+        raise SystemExit(f"gate: under an adapter, greedy tokens are {float(behind.max()):.2g} nats off the best")
+
+
+def _uncached_logprobs(palm: PaLM, prompt: Tensor, response: Tensor, **scope: str) -> Tensor:
     """Log-probabilities (t, v) where each response token is predicted, by one pass over the whole text."""
-    logits = palm(torch.cat((prompt, response))[None])[0, len(prompt) - 1 : -1]
+    logits = palm(torch.cat((prompt, response))[None], **scope)[0, len(prompt) - 1 : -1]
     return logits.float().log_softmax(dim=-1)

@@ -81,6 +81,14 @@ def test_chunked_loss_equals_the_plain_one_with_gradients(chunk_size: int | None
     torch.testing.assert_close(grads, torch.autograd.grad(3 * plain.loss, (hidden, weight)))
 
 
+def test_chunked_loss_without_anything_to_leave_out_counts_every_target() -> None:
+    hidden, weight, ids, _ = random_batch()
+    plain = next_token_loss(hidden @ weight.T, ids)
+    chunked = chunked_next_token_loss(hidden, weight, ids, ignore_index=None)
+    torch.testing.assert_close(chunked, plain, atol=0, rtol=1e-6)
+    assert int(chunked.num_tokens) == ids[:, 1:].numel()
+
+
 def test_chunked_loss_has_the_gradient_of_finite_differences() -> None:
     hidden, weight, ids, mask = random_batch()
 

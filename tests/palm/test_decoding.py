@@ -129,6 +129,13 @@ def test_spans_are_multiples_and_the_room_is_one(make_palm):
     assert decoder.keys.shape[-2] == 3 * SPAN
 
 
+def test_a_layer_in_a_wrapper_is_refused_not_left_out(make_palm):
+    palm = make_palm()
+    palm.layers[1] = torch.nn.Sequential(palm.layers[1])
+    with pytest.raises(TypeError, match=r"layers\.1 is a Sequential"):
+        Decoder(palm, batch=1, room=3, adapter=None, steps=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a machine that has one")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

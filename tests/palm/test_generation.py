@@ -236,6 +236,19 @@ def test_prompts_that_are_alike_are_read_once():
     assert out.tokens.tolist() == [[8, 9], [4, 5], [8, 9], [8, 9], [4, 5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_room_may_be_given_in_any_integer_dtype(dtype):
+    model = Script([[4, 4, 4], [3, 9, 3]])
+    out = generate_responses(model, model.prompts, max_new_tokens=torch.tensor([1, 3], dtype=dtype), eos_token=9)
+    assert out.mask.sum(dim=-1).tolist() == [1, 2]
+
+
+def test_what_is_called_each_step_runs_in_the_callers_modes():
+    model, made = Script([[4, 5, 6]]), []
+    generate_responses(model, model.prompts, max_new_tokens=3, on_step=lambda: made.append(torch.ones(1)))
+    assert len(made) == 3 and not any(tensor.is_inference() for tensor in made)
+
+
 def test_each_row_has_its_own_room():
     model = Script([[4, 4, 4, 4, 4], [3, 9, 3, 3, 3], [5, 5, 5, 9, 5], [6, 6, 6, 6, 9]])
     room = torch.tensor([1, 2, 3, 5])

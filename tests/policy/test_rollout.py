@@ -222,11 +222,14 @@ def test_selected_rows_are_trimmed_to_the_longest_of_them():
         eos_token=8,
         scores=torch.tensor([0.5, -0.5]),
     )
-    part = rollout.select(torch.tensor([1]))
-    assert part.sequences.tolist() == [[6, 7, 8]]
-    assert part.values.tolist() == [[40, 50]] and part.response_mask.tolist() == [[True, True]]
-    assert part.scores.tolist() == [-0.5] and part.ended.tolist() == [True]
-    assert part.temperature == 0.7 and part.eos_token == 8
+    for rows in (torch.tensor([1]), rollout.ended):  # by number, or by a mask
+        part = rollout.select(rows)
+        assert part.sequences.tolist() == [[6, 7, 8]]
+        assert part.values.tolist() == [[40, 50]] and part.response_mask.tolist() == [[True, True]]
+        assert part.scores.tolist() == [-0.5] and part.ended.tolist() == [True]
+        assert part.temperature == 0.7 and part.eos_token == 8
+    with pytest.raises(ValueError, match="selects no row"):
+        rollout.select(torch.tensor([False, False]))
 
 
 def test_rows_come_back_in_the_order_asked_whatever_batches_they_were_sampled_in(make_palm, move):
