@@ -39,8 +39,8 @@ def test_policy_learns_what_the_judge_counts(make_trainer, make_palm, judge):
     assert history[0]["reward/score"] < 1.0
     assert history[-1]["reward/score"] > 2.5  # of 4
     assert history[-1]["objective/kl"] > 0.5
-    best = trainer.export_palm().generate(7, IDS, temperature=0.0)
-    assert (best == 7).float().mean() > 0.9
+    before, after = (model.generate(7, IDS, temperature=0.0) for model in (palm, trainer.export_palm()))
+    assert (before == 7).float().mean() < 0.3 < 0.75 < (after == 7).float().mean()
 
 
 @pytest.mark.parametrize(
