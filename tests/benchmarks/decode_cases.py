@@ -39,7 +39,7 @@ def scope_price(bench: Bench, name: str, *, dtype: torch.dtype, batch: int) -> l
     palm = our_model(README, dtype=dtype, device=bench.device)
     palm.add_finetune_params("actor")
     fill_adapter(palm, "actor")
-    prompt, short, long = (64, 16, 40) if bench.quick else (PROMPT, 16, 80)
+    prompt, short, long = (64, 14, 26) if bench.quick else (PROMPT, 16, 80)
     prompts = torch.randint(0, README.num_tokens, (batch, prompt), device=bench.device)
 
     def times(scope: str | None) -> dict[str, float]:
@@ -63,11 +63,11 @@ def scope_price(bench: Bench, name: str, *, dtype: torch.dtype, batch: int) -> l
 
 
 def ragged(bench: Bench, name: str, *, dtype: torch.dtype) -> list[Row]:
-    """Prompts of 64 to 512 tokens (16 to 128 in the quick run), responses that end one by one.
+    """Prompts of 64 to 512 tokens (12 to 96 in the quick run), responses that end one by one.
 
     A sample is the time of a call over the real tokens that came out, prefill included.
     """
-    batch, longest, limit, mean_length = (4, 128, 24, 12) if bench.quick else (16, PROMPT, 256, 64)
+    batch, longest, limit, mean_length = (4, 96, 16, 8) if bench.quick else (16, PROMPT, 256, 64)
     eos_token = 1
     palm = our_model(README, dtype=dtype, device=bench.device)
     model = llama(README, dtype=dtype, device=bench.device)

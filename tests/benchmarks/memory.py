@@ -37,8 +37,8 @@ UPSTREAM = {
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Peaks of each kind of work, then what is counted without running anything for long."""
-    works = ["decode 1"] if bench.quick else list(_works(bench.device))
+    """Peaks of each kind of work (not in the quick run), then what is counted without running anything for long."""
+    works = [] if bench.quick else list(_works(bench.device))
     for work in works:
         yield Case(f"memory {work}", partial(_peaks, bench, work))
     yield Case("memory models", partial(_models, bench))
@@ -87,9 +87,8 @@ def _decode_peer(prompts: Tensor) -> None:
 
 def _peaks(bench: Bench, work: str) -> list[Row]:
     """Ours and the peers', each in its own process."""
-    whos = [who for who in _works(bench.device)[work] if not (bench.quick and who == "ours with actor")]
-    peaks = {who: _peak_apart(work, who, bench.device) for who in whos}
-    upstream = bench.new_upstream() if work in UPSTREAM and not bench.quick else None
+    peaks = {who: _peak_apart(work, who, bench.device) for who in _works(bench.device)[work]}
+    upstream = bench.new_upstream() if work in UPSTREAM else None
     if upstream is not None:
         request, arguments = UPSTREAM[work]
         upstream.ask(request, **arguments)
