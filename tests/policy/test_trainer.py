@@ -35,12 +35,12 @@ def same(first, second):
 def test_policy_learns_what_the_judge_counts(make_trainer, make_palm, judge):
     palm = make_palm()
     trainer = make_trainer(palm, minibatch_size=32, actor_lr=2e-2)
-    history = trainer.train(64 * 12, **QUICK | {"update_timesteps": 64})
+    history = trainer.train(64 * 16, **QUICK | {"update_timesteps": 64})
     assert history[0]["reward/score"] < 1.0
     assert history[-1]["reward/score"] > 2.5  # of 4
     assert history[-1]["objective/kl"] > 0.5
     before, after = (model.generate(7, IDS, temperature=0.0) for model in (palm, trainer.export_palm()))
-    assert (before == 7).float().mean() < 0.3 < 0.75 < (after == 7).float().mean()
+    assert (before == 7).float().mean() < 0.3 < 0.9 < (after == 7).float().mean()
 
 
 @pytest.mark.parametrize(
