@@ -131,8 +131,7 @@ def _is_large_float32(x: Tensor, weight: Tensor) -> bool:
 def mkl_is_slow() -> bool:
     """Whether float32 products go to MKL on a processor for which it keeps its slower kernels: any but Intel's.
 
-    Measured with torch 2.13: oneDNN is 2.3 to 2.9 times as fast on an AMD EPYC; on an Intel Xeon they are equal, but
-    for gradients of narrow outputs, where MKL is 1.5 times as fast.
+    With torch 2.13 on an Intel Xeon both are equal, but for gradients of narrow outputs: there MKL is 1.5 times as fast.
     """
     cpuinfo = Path("/proc/cpuinfo")
     processor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
