@@ -131,7 +131,7 @@ def _is_large_float32(x: Tensor, weight: Tensor) -> bool:
 def mkl_is_slow() -> bool:
     """Whether float32 products go to MKL on a processor for which it keeps its slower kernels: any but Intel's.
 
-    With torch 2.13 on an Intel Xeon both are equal, but for gradients of narrow outputs: there MKL is 1.5 times as fast.
+    On an Intel Xeon (torch 2.13) both are equal, but for gradients of narrow outputs, where MKL is 1.5 times as fast.
     """
     cpuinfo = Path("/proc/cpuinfo")
     processor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
