@@ -20,15 +20,20 @@ TREE = [
     (0, "", "lora"),
     (1, "text", "tokenizer datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient preference"),
-    (1, "training", "optimizer atomic checkpoint metrics plots supervised"),
+    (1, "training", "optimizer atomic tensor_file checkpoint metrics plots supervised"),
     (
         2,
         "palm",
         "inputs sampling responses graphs generation pretrained config scopes copying block decoding transformer",
     ),
     (3, "reward", "settings texts model functions rules constitution"),
-    (4, "policy", "prompts settings actor_critic rollout scores learning diagnostics trainer_state ppo grpo dpo"),
-    (5, "cli", "device generate pretrain demo_text demo_report demo_pairs demo main"),
+    (
+        4,
+        "policy",
+        "prompts settings actor_critic rollout experience scores learning diagnostics doctor stopping trainer_state "
+        "preflight plan ppo grpo dpo",
+    ),
+    (5, "cli", "device generate pretrain ppo check plan demo_text demo_report demo_pairs demo main"),
     (5, "", "ppo"),
     (5, "", "__init__"),
     (6, "", "__main__"),

@@ -14,7 +14,7 @@ from torch import nn
 from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.palm.config import compare_configs
 from palm_rlhf_pytorch.palm.scopes import Scopes
-from palm_rlhf_pytorch.training.checkpoint import Checkpoint, check_state, save_tensors
+from palm_rlhf_pytorch.training.tensor_file import TensorFile, check_state, save_tensors
 
 SCOPES = "finetune_modules"  # where a model keeps its scopes
 
@@ -88,7 +88,7 @@ def save_model(model: Scoped, path: str | Path, *, kind: str, with_scopes: bool)
     save_tensors(path, tensors, kind=kind, config=model.config, extra=extra)
 
 
-def take_checkpoint(model: Scoped, checkpoint: Checkpoint, *, path: str | Path) -> None:
+def take_checkpoint(model: Scoped, checkpoint: TensorFile, *, path: str | Path) -> None:
     """Check a checkpoint whole, then put its tensors into the model, in its dtype, and put the scopes in place.
 
     Args:
@@ -113,7 +113,7 @@ def take_checkpoint(model: Scoped, checkpoint: Checkpoint, *, path: str | Path) 
     model.finetune_modules.update(fresh)
 
 
-def build_from(make: Callable[..., Model], checkpoint: Checkpoint, *, path: str | Path) -> Model:
+def build_from(make: Callable[..., Model], checkpoint: TensorFile, *, path: str | Path) -> Model:
     """The model that a checkpoint's configuration describes, with its tensors; torch's random state stays as it is.
 
     Raises:

@@ -26,7 +26,7 @@ from palm_rlhf_pytorch.palm.inputs import check_length, check_tokens
 from palm_rlhf_pytorch.palm.scopes import Scopes
 from palm_rlhf_pytorch.products import linear, product_dtype
 from palm_rlhf_pytorch.rotary import longest_position, rotary_factors
-from palm_rlhf_pytorch.training.checkpoint import load_tensors
+from palm_rlhf_pytorch.training.tensor_file import load_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 

@@ -19,7 +19,7 @@ from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
-from palm_rlhf_pytorch.training.checkpoint import check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.training.tensor_file import check_state, load_tensors, save_tensors
 
 KIND = "RLHFTrainer"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter

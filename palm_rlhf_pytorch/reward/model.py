@@ -22,7 +22,7 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.settings import Settings, differences
 from palm_rlhf_pytorch.reward.texts import Texts, check_labels, checked_texts, join, same_prompt_lengths
 from palm_rlhf_pytorch.tensors import at_least_float32, masked_mean
-from palm_rlhf_pytorch.training.checkpoint import Checkpoint, check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.training.tensor_file import TensorFile, check_state, load_tensors, save_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -311,7 +311,7 @@ class RewardModel(nn.Module):
         return super()._apply(keep_float32, recurse=False)
 
 
-def _build(checkpoint: Checkpoint, *, path: str | Path, config: Mapping[str, Any] | None = None) -> RewardModel:
+def _build(checkpoint: TensorFile, *, path: str | Path, config: Mapping[str, Any] | None = None) -> RewardModel:
     """The reward model of a checkpoint, on the CPU; `config` stands in for one that the file lacks."""
     config = checkpoint.config if checkpoint.kind is not None else config
     if config is None:

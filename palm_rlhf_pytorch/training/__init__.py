@@ -1,7 +1,6 @@
 """What every trainer shares: optimizers, checkpoints, metrics and the supervised loop. Knows nothing of PaLM."""
 
 from palm_rlhf_pytorch.training.atomic import replacing
-from palm_rlhf_pytorch.training.checkpoint import Checkpoint, check_state, load_tensors, save_tensors
 from palm_rlhf_pytorch.training.metrics import GLOSSARY, MetricsLog, RunningMean, read_metrics
 from palm_rlhf_pytorch.training.optimizer import (
     adamw,
@@ -11,10 +10,11 @@ from palm_rlhf_pytorch.training.optimizer import (
     warmup_cosine,
 )
 from palm_rlhf_pytorch.training.supervised import fit
+from palm_rlhf_pytorch.training.tensor_file import TensorFile, check_state, load_tensors, save_tensors
 
 __all__ = [
     "GLOSSARY",
-    "Checkpoint",
+    "TensorFile",
     "MetricsLog",
     "RunningMean",
     "adamw",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palm_rlhf_pytorch.training.checkpoint import load_tensors
+from palm_rlhf_pytorch.training.tensor_file import load_tensors
 
 SETTINGS = {"target_kl_nats_per_response": 0.5, "kl_horizon": 50, "kl_coef": 0.2}
 

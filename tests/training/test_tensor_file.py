@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.training import checkpoint as module
-from palm_rlhf_pytorch.training.checkpoint import check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.training import tensor_file as module
+from palm_rlhf_pytorch.training.tensor_file import check_state, load_tensors, save_tensors
 
 BOTH = pytest.mark.parametrize("name", ["palm.pt", "palm.safetensors"])
 CONFIG = {"dim": 12, "rate": 0.1, "causal": True, "scopes": ["actor"], "mask": None, "name": "ä"}
@@ -374,7 +374,7 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(
 
 SCRIPT = """
 import resource, sys, torch
-from palm_rlhf_pytorch.training.checkpoint import save_tensors
+from palm_rlhf_pytorch.training.tensor_file import save_tensors
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     save_tensors(sys.argv[1], {"a": torch.zeros(100_000)}, kind="palm", config={})

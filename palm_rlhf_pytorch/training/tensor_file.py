@@ -1,4 +1,4 @@
-"""Checkpoints: one file of tensors and plain values, replaced whole or not at all, read without running anything in it.
+"""A model in one file: tensors and plain values, replaced whole or not at all, read without running anything in it.
 
 A path that ends in `.safetensors` gets that format (https://github.com/huggingface/safetensors), any other the zip of
 `torch.save`. Both record a format version, the kind of model, its configuration and what the caller adds.
@@ -30,8 +30,8 @@ ZIP_MAGIC = b"PK\x03\x04"
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
-class Checkpoint(NamedTuple):
-    """What `load_tensors` found: CPU tensors by name, and the plain values saved with them.
+class TensorFile(NamedTuple):
+    """What `load_tensors` found in a file: CPU tensors by name, and the plain values saved with them.
 
     `kind` is None, `config` and `extra` are empty, when the file is a bare state dict of another program.
     """
@@ -83,7 +83,7 @@ def save_tensors(
             torch.save(record | {"tensors": stored}, file)
 
 
-def load_tensors(path: str | Path, *, kind: str | None = None) -> Checkpoint:
+def load_tensors(path: str | Path, *, kind: str | None = None) -> TensorFile:
     """Read a checkpoint onto the CPU, whatever device wrote it; a bare state dict of tensors is read too.
 
     The format is told from the content, not from the name. All bytes are checked against the file's own checksums first
@@ -211,7 +211,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 # reading
 
 
-def _read_zip(path: Path) -> Checkpoint:
+def _read_zip(path: Path) -> TensorFile:
     _check_zip(path)
     try:
         with path.open("rb") as file:  # by its path, torch goes by the suffix
@@ -252,7 +252,7 @@ def _check_zip(path: Path) -> None:
         _damaged(path, str(error), error)
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
+def _read_safetensors(path: Path) -> TensorFile:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -272,7 +272,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> Checkpoint:
+def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> TensorFile:
     """Assemble the checkpoint of what a file held; an empty record is a bare state dict."""
     version = record.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version < 1:
@@ -293,7 +293,7 @@ def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> Checkpoint:
     ):
         _damaged(path, "its tensors are not a dict of names and tensors")
     plain = {name: tensor.detach() for name, tensor in tensors.items()}
-    return Checkpoint(plain, record.get("kind"), record.get("config", {}), record.get("extra", {}))
+    return TensorFile(plain, record.get("kind"), record.get("config", {}), record.get("extra", {}))
 
 
 def _damaged(path: Path, reason: str, error: Exception | None = None) -> NoReturn:
