@@ -71,6 +71,37 @@ def masked_moments(x: Tensor, mask: Tensor, *, reduce: Callable[[Tensor], Tensor
     return Moments(count, mean, squares / count.clamp(min=1))
 
 
+class RunningMoments:
+    """Count, mean and population variance of values that come in parts, in float64.
+
+    Parts are joined as in Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance": like two passes,
+    it loses nothing to a large mean.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.mean = self.squares = 0.0  # squares: sum of squared deviations from the mean
+
+    def add(self, x: Tensor, mask: Tensor) -> None:
+        """Take in x where mask is True; both of one shape, on the CPU."""
+        check_masked(mask, x=x)
+        values = x.detach()[mask].double()
+        count = len(values)
+        if count == 0:
+            return
+        mean = float(values.mean())
+        delta, total = mean - self.mean, self.count + count
+        self.squares += float((values - mean).square().sum()) + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    def compute(self, reduce: Callable[[Tensor], Tensor] = identity) -> Moments:
+        """Moments of all that was taken in, over all ranks, float64; see `masked_moments` for what is empty."""
+        total, count = reduce(torch.tensor([self.count * self.mean, self.count], dtype=torch.float64)).unbind()
+        mean = total / count.clamp(min=1)
+        own = self.squares + self.count * (self.mean - mean) ** 2
+        return Moments(count, mean, reduce(own) / count.clamp(min=1))
+
+
 def masked_whiten(
     x: Tensor,
     mask: Tensor,

@@ -20,7 +20,11 @@ TREE = [
     (0, "", "lora"),
     (1, "text", "tokenizer datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient preference"),
-    (1, "training", "optimizer atomic tensor_file checkpoint metrics plots supervised"),
+    (
+        1,
+        "training",
+        "optimizer atomic tensor_file manifest folder tensor_stream checkpoint metrics ranks plots supervised",
+    ),
     (
         2,
         "palm",
@@ -30,8 +34,8 @@ TREE = [
     (
         4,
         "policy",
-        "prompts settings actor_critic rollout experience scores learning diagnostics doctor stopping trainer_state "
-        "preflight plan ppo grpo dpo",
+        "prompts settings arguments actor_critic rollout targets scores answers records experience learning diagnostics "
+        "doctor stopping run probe premises identities judge_checks preflight plan trainer_state loop trainer ppo grpo dpo",
     ),
     (5, "cli", "device generate pretrain ppo check plan demo_text demo_report demo_pairs demo main"),
     (5, "", "ppo"),

@@ -7,9 +7,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from palm_rlhf_pytorch.cli import demo, generate, pretrain
+from palm_rlhf_pytorch.cli import check, demo, generate, plan, ppo, pretrain
 
-COMMANDS = (demo, pretrain, generate)
+COMMANDS = (demo, pretrain, check, plan, ppo, generate)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

@@ -1,111 +1,192 @@
-"""What a rollout says about the run: rewards, KL, lengths, and how well the critic knew them.
+"""What scored responses say about the run: rewards, KL, lengths, and how well the critic knew them.
 
-Names and units are in `training/metrics.py`; figures are over the responses of all ranks, but for the largest (names in
-`_max`) and for distinct_2, which are this rank's.
+Names and units are in `training/metrics.py`; figures are over the responses of all ranks that count. Rows are read a
+part at a time, so that memory does not follow their number.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.objectives.advantage import monte_carlo_returns
-from palm_rlhf_pytorch.objectives.policy_gradient import explained_variance, kl_k3
-from palm_rlhf_pytorch.policy.learning import Targets
+from palm_rlhf_pytorch.objectives.policy_gradient import kl_k3
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.tensors import Moments, masked_moments
+from palm_rlhf_pytorch.policy.scores import ScoreNormalizer, counted_scores, learnt_scores
+from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.targets import Lesson, Source, Targets
+from palm_rlhf_pytorch.tensors import Moments, RunningMoments, masked_moments
+from palm_rlhf_pytorch.training.ranks import Ranks
+
+MAX_PAIRS = 65_536  # pairs of tokens that distinct_2 looks at: the share falls with their number, so it is bounded
 
 
-def rollout_metrics(
-    rollout: Rollout,
-    targets: Targets,
-    normalized: Tensor,
+def lesson_from(
+    source: Source,
+    settings: PPOSettings,
     *,
+    ranks: Ranks,
+    normalizer: ScoreNormalizer,
     kl_coef: float,
-    gamma: float,
-    reduce: Callable[[Tensor], Tensor],
-) -> dict[str, float]:
-    """Diagnostics of a scored rollout, before learning from it.
+    version: int,
+) -> tuple[Lesson, dict[str, float]]:
+    """What scored responses teach, ready to be learnt, and the diagnostics of them.
 
     Args:
-        rollout: with raw scores.
-        targets: what it teaches.
-        normalized: normalised scores, penalties included, (b,).
-        kl_coef: the coefficient that made the targets.
-        gamma: discount per token.
-        reduce: sums a tensor over ranks.
+        source: responses with raw scores, on the CPU or on disk.
+        settings: of PPO.
+        ranks: all processes.
+        normalizer: of scores; takes its shift and scale here where they are not fixed yet.
+        kl_coef: price of a nat of KL to the reference.
+        version: how many updates the policy has had.
     """
-    assert rollout.scores is not None
-    mask, lengths = rollout.response_mask, rollout.lengths.float()
-    rows = torch.ones_like(rollout.ended)
+    assert source.scores is not None, "scores are asked for before this"
+    counted = counted_scores(
+        source.scores, source.prompt_rows, ranks=ranks, max_dropped=settings.max_dropped,
+        where=f"update {version + 1}", warn=False,
+    )  # fmt: skip
+    scores = learnt_scores(
+        source, counted, normalizer if settings.normalize_scores else None, penalty=settings.missing_eos_penalty,
+        replacement=settings.missing_eos_score, reduce=ranks.sum,
+    )  # fmt: skip
+    lesson = Lesson(
+        source, scores, counted, kl_coef=kl_coef, gamma=settings.gamma, gae_lambda=settings.gae_lambda,
+        version=version, importance_cap=settings.importance_cap,
+    )  # fmt: skip
+    found = survey(lesson, source.scores, ranks=ranks, max_tokens=settings.max_batch_tokens)
+    lesson.whitening = found.advantages
+    return lesson, found.metrics
+
+
+class Survey(NamedTuple):
+    """Diagnostics of a lesson before learning from it, and the moments that whiten its advantages."""
+
+    metrics: dict[str, float]
+    advantages: Moments
+
+
+def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int) -> Survey:
+    """Look at all rows of a lesson that count.
+
+    Args:
+        lesson: its scores are the learnt ones, normalised, penalties included.
+        raw_scores: the judge's, (n,).
+        ranks: all processes.
+        max_tokens: rows times the longest of them, at a time.
+    """
+    moments = {name: RunningMoments() for name in TOKEN_FIGURES}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("kl", "reward", "length", "ended", "score", "learnt")}
+    mismatch, pairs, room = torch.zeros(()), [], -(-MAX_PAIRS // ranks.count)
+    for rows, rollout, targets in lesson.parts(max_tokens):
+        mask = rollout.response_mask
+        for name, values in _token_figures(rollout, targets, gamma=lesson.gamma):
+            moments[name].add(values, mask)
+        difference = (rollout.sampler_logprobs - rollout.logprobs).abs() * mask
+        mismatch = torch.maximum(mismatch, difference.masked_fill(_is_old(lesson, rollout), 0.0).max())
+        found = _pairs(rollout)[:room]
+        room -= len(found)
+        pairs.append(found)
+        own = {
+            "kl": targets.kl.sum(dim=-1), "reward": targets.rewards.sum(dim=-1), "length": rollout.lengths,
+            "ended": rollout.ended, "score": raw_scores[rows.numbers], "learnt": lesson.scores[rows.numbers],
+        }  # fmt: skip
+        for name, values in own.items():
+            columns[name].append(values.float())
+    table = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in columns.items()}
+    tokens = {name: running.compute(ranks.sum) for name, running in moments.items()}
+    metrics = _row_metrics(table, ranks) | _token_metrics(tokens)
+    metrics["objective/kl_coef"] = lesson.kl_coef
+    metrics["objective/non_score_reward"] = -lesson.kl_coef * metrics["objective/kl"]
+    metrics["reward/dropped"] = float(ranks.sum((~lesson.counted).sum().float()))
+    metrics["rollout/sampler_logprob_diff_max"] = float(ranks.max(mismatch))
+    metrics["rollout/distinct_2"] = _distinct(torch.cat(pairs) if pairs else torch.zeros(0, dtype=torch.long), ranks)
+    return Survey(metrics, tokens["advantage"])
+
+
+TOKEN_FIGURES = ("kl", "kl_k3", "kl_exact", "value", "return", "advantage", "monte_carlo", "unexplained", "mismatch")
+
+
+def _token_figures(rollout: Rollout, targets: Targets, *, gamma: float) -> Iterator[tuple[str, Tensor]]:
+    """What is averaged over tokens, (b, t) each, in the order of TOKEN_FIGURES."""
+    returns = monte_carlo_returns(targets.rewards, rollout.response_mask, gamma=gamma)
+    figures = (
+        targets.kl, kl_k3(rollout.logprobs, rollout.ref_logprobs), rollout.kl_exact, rollout.values, targets.returns,
+        targets.advantages, returns, returns - rollout.values,
+        (rollout.sampler_logprobs - rollout.logprobs).abs(),
+    )  # fmt: skip
+    yield from zip(TOKEN_FIGURES, figures, strict=True)
+
+
+def _token_metrics(tokens: dict[str, Moments]) -> dict[str, float]:
+    var = float(tokens["monte_carlo"].var)
+    explained = 1 - float(tokens["unexplained"].var) / (var + 1e-5) if var > 0 else 0.0  # as `explained_variance`
+    return {
+        "objective/kl_token": float(tokens["kl"].mean),
+        "objective/kl_k3": float(tokens["kl_k3"].mean),
+        "objective/kl_exact": float(tokens["kl_exact"].mean),
+        "returns/mean": float(tokens["return"].mean),
+        "returns/var": float(tokens["return"].var),
+        "advantages/mean": float(tokens["advantage"].mean),
+        "advantages/std": float(tokens["advantage"].var.sqrt()),
+        "value/mean": float(tokens["value"].mean),
+        "value/explained_variance": explained,
+        "rollout/sampler_logprob_diff_mean": float(tokens["mismatch"].mean),
+    }
+
+
+def _row_metrics(table: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """Figures over responses, from columns (n,) of what is known of each."""
 
     def over_rows(values: Tensor) -> Moments:
-        return masked_moments(values.float(), rows, reduce=reduce)
+        return masked_moments(values.double(), torch.ones_like(values, dtype=torch.bool), reduce=ranks.sum)
 
-    def over_tokens(values: Tensor) -> Moments:
-        return masked_moments(values, mask, reduce=reduce)
-
-    score, length = over_rows(rollout.scores), over_rows(lengths)
-    kl = over_rows(targets.kl.sum(dim=-1)).mean
-    returns = monte_carlo_returns(targets.rewards, mask, gamma=gamma)
-    mismatch = (rollout.sampler_logprobs - rollout.logprobs).abs()
-    advantage, target = over_tokens(targets.returns - rollout.values), over_tokens(targets.returns)
-    covariance = over_rows((rollout.scores - score.mean) * (lengths - length.mean)).mean
-    ended = over_rows(rollout.ended).mean
-    figures: dict[str, Tensor | float] = {
-        "objective/kl": kl,
-        "objective/kl_token": over_tokens(targets.kl).mean,
-        "objective/kl_k3": over_tokens(kl_k3(rollout.logprobs, rollout.ref_logprobs)).mean,
-        "objective/kl_exact": over_tokens(rollout.kl_exact).mean,
-        "objective/kl_coef": kl_coef,
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": over_rows(targets.rewards.sum(dim=-1)).mean,
-        "reward/score": score.mean,
-        "reward/score_std": score.var.sqrt(),
-        "reward/score_normalized": over_rows(normalized).mean,
-        "returns/mean": target.mean,
-        "returns/var": target.var,
-        "advantages/mean": advantage.mean,
-        "advantages/std": advantage.var.sqrt(),
-        "value/mean": over_tokens(rollout.values).mean,
-        "value/explained_variance": explained_variance(rollout.values, returns, mask, reduce=reduce),
-        "response/length_mean": length.mean,
-        "response/length_max": lengths.max(),
-        "response/eos_rate": ended,
-        "response/truncated_rate": 1 - ended,
-        "score/length_corr": covariance / (score.var * length.var).sqrt().clamp(min=1e-8),
-        "rollout/sampler_logprob_diff_mean": over_tokens(mismatch).mean,
-        "rollout/sampler_logprob_diff_max": (mismatch * mask).max(),
-        "rollout/distinct_2": distinct_2(rollout),
+    score, length, ended = over_rows(table["score"]), over_rows(table["length"]), over_rows(table["ended"]).mean
+    covariance = over_rows((table["score"] - score.mean) * (table["length"] - length.mean)).mean
+    longest = table["length"].max() if len(table["length"]) else torch.zeros(())
+    return {
+        "objective/kl": float(over_rows(table["kl"]).mean),
+        "objective/rlhf_reward": float(over_rows(table["reward"]).mean),
+        "reward/score": float(score.mean),
+        "reward/score_std": float(score.var.sqrt()),
+        "reward/score_normalized": float(over_rows(table["learnt"]).mean),
+        "response/length_mean": float(length.mean),
+        "response/length_max": float(ranks.max(longest)),
+        "response/eos_rate": float(ended),
+        "response/truncated_rate": 1 - float(ended),
+        "score/length_corr": float(covariance / (score.var * length.var).sqrt().clamp(min=1e-8)),
     }
-    device = {name: value for name, value in figures.items() if isinstance(value, Tensor)}  # asked once, not one by one
-    asked = zip(device, torch.stack([value.float() for value in device.values()]).tolist(), strict=True)
-    return {name: float(value) for name, value in (figures | dict(asked)).items()}
+
+
+def _is_old(lesson: Lesson, rollout: Rollout) -> Tensor:
+    """Rows whose sampler_logprobs are of another policy, (b, 1)."""
+    return (rollout.versions < lesson.version)[:, None]
 
 
 def timing_metrics(
-    rollout: Rollout, started: float, sampled: float, *, reduce: Callable[[Tensor], Tensor]
+    num_tokens: int, started: float, sampled: float, *, ranks: Ranks, device: torch.device
 ) -> dict[str, float]:
     """Seconds and speed of an update that ends now.
 
     Args:
-        rollout: what was sampled and learnt from.
+        num_tokens: response tokens that were sampled and learnt from, by this rank.
         started: perf_counter before sampling.
         sampled: the same before learning.
-        reduce: sums a tensor over ranks.
+        ranks: all processes.
+        device: where the model is.
     """
     now = time.perf_counter()
-    tokens = float(reduce(rollout.lengths.sum().float()))
+    tokens = float(ranks.sum(torch.tensor(float(num_tokens))))
     return {
         "perf/rollout_seconds": sampled - started,
         "perf/learn_seconds": now - sampled,
         "perf/tokens_per_second": tokens / (now - started),
         "perf/rollout_tokens_per_second": tokens / (sampled - started),
         "perf/learn_tokens_per_second": tokens / (now - sampled),
-        "perf/peak_memory_bytes": peak_memory(rollout.sequences.device),
+        "perf/peak_memory_bytes": peak_memory(device),
     }
 
 
@@ -124,12 +205,27 @@ def headline(metrics: dict[str, float]) -> dict[str, str]:
 
 
 def distinct_2(rollout: Rollout) -> float:
-    """Share of this rank's pairs of neighbouring response tokens that are different pairs; 0 where there is none.
+    """Share of the pairs of neighbouring response tokens that are different pairs; 0 where there is none.
 
-    Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055
+    Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055; over the first MAX_PAIRS.
     """
+    pairs = _pairs(rollout)[:MAX_PAIRS]
+    return len(pairs.unique()) / len(pairs) if len(pairs) else 0.0
+
+
+def _pairs(rollout: Rollout) -> Tensor:
+    """Each pair of neighbouring response tokens as one number, row by row."""
     mask = rollout.response_mask
     places = rollout.prompt_lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
-    tokens = rollout.sequences.gather(1, places.clamp(max=rollout.sequences.shape[1] - 1))
-    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1)[mask[:, 1:]]
-    return len(torch.unique(pairs, dim=0)) / len(pairs) if len(pairs) else 0.0
+    tokens = rollout.sequences.gather(1, places.clamp(max=rollout.sequences.shape[1] - 1)).long()
+    return (tokens[:, :-1] * 2**31 + tokens[:, 1:])[mask[:, 1:]]
+
+
+def _distinct(pairs: Tensor, ranks: Ranks) -> float:
+    """Different pairs over pairs, of all ranks; each brings at most its share of MAX_PAIRS."""
+    if ranks.count > 1:
+        padded = pairs.new_full((-(-MAX_PAIRS // ranks.count),), -1)
+        padded[: len(pairs)] = pairs
+        pairs = ranks.gather(padded)
+        pairs = pairs[pairs >= 0]
+    return len(pairs.unique()) / len(pairs) if len(pairs) else 0.0

@@ -1,58 +1,54 @@
-"""One PPO update: advantages of a rollout, then epochs of clipped steps over its minibatches.
+"""One PPO update: epochs of clipped steps over the minibatches of a lesson, which can stop after any step and go on.
 
 Schulman et al., "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347
-Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", https://arxiv.org/abs/1506.02438
 Knows nothing of prompts, judges or files.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.objectives.advantage import gae, shaped_rewards
 from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.rollout import Rollout, Rows, row_batches
-from palm_rlhf_pytorch.tensors import masked_whiten
+from palm_rlhf_pytorch.policy.rollout import Rows, row_batches
+from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups
+from palm_rlhf_pytorch.training.ranks import Ranks
+
+Random = Callable[..., torch.Generator]  # (purpose, *counts): the same state for the same arguments
 
 
-class Targets(NamedTuple):
-    """What a rollout teaches: per response token, (b, t), zero outside the mask, without gradient."""
+@dataclass
+class Progress:
+    """How far an update has come: everything of it that is not in the weights.
 
-    rewards: Tensor
-    kl: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-def make_targets(
-    rollout: Rollout,
-    scores: Tensor,
-    *,
-    kl_coef: float,
-    gamma: float,
-    gae_lambda: float,
-    reduce: Callable[[Tensor], Tensor],
-) -> Targets:
-    """Rewards (KL penalty on each token, score on the last), whitened advantages, and returns.
-
-    Args:
-        rollout: responses with log-probabilities and values.
-        scores: what the last token of each response earns, (b,).
-        kl_coef: price of a nat of KL to the reference.
-        gamma: discount per token.
-        gae_lambda: weight of longer returns.
-        reduce: sums a tensor over ranks, so that whitening is over the whole rollout.
+    Attributes:
+        epoch: the pass over the rows that the next step belongs to, from 0.
+        minibatch: which minibatch of it comes next, from 0.
+        steps: optimizer steps taken so far; skipped: those left out because a number was not finite.
+        totals: sum over the steps taken, or the largest value, of each diagnostic.
     """
-    mask = rollout.response_mask
-    rewards, kl = shaped_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef)
-    advantages, returns = gae(rewards, rollout.values, mask, gamma=gamma, gae_lambda=gae_lambda)
-    return Targets(rewards, kl, masked_whiten(advantages, mask, reduce=reduce), returns)
+
+    epoch: int = 0
+    minibatch: int = 0
+    steps: int = 0
+    skipped: int = 0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-able; float32 numbers come back to the same bits."""
+        return {**vars(self), "totals": {name: float(value) for name, value in self.totals.items()}}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], *, device: torch.device) -> "Progress":
+        """What `state` gave."""
+        totals = {name: torch.tensor(value, device=device) for name, value in state["totals"].items()}
+        return cls(**{**state, "totals": totals})
 
 
 class Learner:
@@ -83,8 +79,9 @@ class Learner:
         minibatch_size: int,
         max_batch_size: int,
         max_batch_tokens: int,
+        max_skipped_steps: int = 3,
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.ranks = accelerator, Ranks(accelerator)
         self.actor, self.critic = actor_critic.actor_parameters(), actor_critic.critic_parameters()
         groups = parameter_groups(self.actor.items(), lr=actor_lr, weight_decay=actor_wd)
         self.actor_groups = len(groups)  # they come first; the rest is the critic's
@@ -96,83 +93,133 @@ class Learner:
         self.entropy_coef, self.epochs = entropy_coef, epochs
         self.minibatch_size = minibatch_size
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
+        self.max_skipped_steps = max_skipped_steps
         self.draws = actor_critic.has_dropout
         self.steps = 0
+        self.skipped_in_a_row = 0
 
-    def update(self, rollout: Rollout, targets: Targets, *, generator: torch.Generator) -> dict[str, float]:
-        """All epochs over a rollout, reshuffled each; the mean of each diagnostic over the optimizer steps.
+    def update(
+        self,
+        lesson: Lesson,
+        *,
+        random: Random,
+        progress: Progress | None = None,
+        on_step: Callable[[Progress], object] | None = None,
+    ) -> dict[str, float]:
+        """All epochs over a lesson, reshuffled each; the mean of each diagnostic over the optimizer steps taken.
 
         Args:
-            rollout: this rank's responses; every rank brings the same number.
-            targets: of the same.
-            generator: random state of the order and of dropout, on the CPU.
+            lesson: this rank's rows; every rank brings the same number.
+            random: gives the random states of the order, ("order", epoch), and of dropout, ("dropout", epoch,
+                minibatch), on the CPU.
+            progress: where an interrupted update goes on; None begins it.
+            on_step: called after each step with where the update stands; what it raises ends the update there.
 
         Raises:
-            FloatingPointError: if a gradient norm is not finite; the weights are then as before that optimizer step.
+            FloatingPointError: if loss or gradient norm were not finite in `max_skipped_steps` steps one after the
+                other. The weights are as the last good step left them.
         """
-        share = max(1, self.minibatch_size // self.accelerator.num_processes)
-        device = rollout.sequences.device
         self.model.train()
-        self.accelerator.sync_gradients = True  # accelerate's state is one for all trainers of the process
-        spans = rollout.spans()
-        totals: dict[str, Tensor] = {}
-        steps = 0
-        with _seeded(generator, device) if self.draws else nullcontext():
-            for _ in range(self.epochs):
-                order = torch.randperm(len(spans), generator=generator).split(share)
-                for rows in order:
-                    _accumulate(totals, self._step(rollout, targets, spans, rows.tolist()))
-                    steps += 1
-                    self.steps += 1
-        lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        sums = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
-        metrics = {name: value / (1 if name.endswith("_max") else steps) for name, value in sums.items()}
-        return metrics | {"policy/lr": lrs[0], "value/lr": lrs[self.actor_groups]}
+        progress = progress or Progress()
+        rows = lesson.counted.nonzero()[:, 0]
+        share = max(self.minibatch_size // self.accelerator.num_processes, 1)
+        num_batches = int(self.ranks.max(torch.tensor(-(-len(rows) // share))))
+        while progress.epoch < self.epochs and num_batches:
+            epoch = progress.epoch
+            order = rows[torch.randperm(len(rows), generator=random("order", epoch))].tolist()
+            for number in range(progress.minibatch, num_batches):
+                seeded = _seeded(random("dropout", epoch, number), self._device) if self.draws else nullcontext()
+                with seeded:
+                    self._step(lesson, order[number * share : (number + 1) * share], progress)
+                progress.minibatch = number + 1
+                if on_step is not None:
+                    on_step(progress)
+            progress.epoch, progress.minibatch = epoch + 1, 0
+        return self._summary(progress)
 
-    def _step(
-        self, rollout: Rollout, targets: Targets, spans: list[tuple[int, int]], rows: list[int]
-    ) -> dict[str, Tensor]:
+    def _summary(self, progress: Progress) -> dict[str, float]:
+        """The diagnostics of an update."""
+        lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        metrics = {"policy/lr": lrs[0], "value/lr": lrs[self.actor_groups]}
+        metrics["policy/skipped_steps"] = float(progress.skipped)
+        if not progress.totals:
+            return metrics
+        sums = dict(zip(progress.totals, torch.stack(list(progress.totals.values())).tolist(), strict=True))
+        return metrics | {
+            name: value / (1 if name.endswith("_max") else progress.steps) for name, value in sums.items()
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.actor.values())).device
+
+    def _step(self, lesson: Lesson, rows: list[int], progress: Progress) -> None:
         """One optimizer step on some rows, in microbatches that max_batch_size and max_batch_tokens allow."""
-        device = rollout.sequences.device
-        num_tokens = torch.full((), float(sum(spans[row][1] for row in rows)), device=device)
-        num_tokens = self.accelerator.reduce(num_tokens, "sum").clamp(min=1)
+        own_tokens = float(sum(lesson.spans[row][1] for row in rows))
+        num_tokens = self.ranks.sum(torch.tensor(own_tokens, device=self._device)).clamp(min=1)
         totals: dict[str, Tensor] = {}
-        limits = {"max_rows": self.max_batch_size, "max_tokens": self.max_batch_tokens}
-        micros = list(row_batches(spans, rows, device=device, **limits))
+        # a rank whose rows are used up goes along with a row that does not count: the others wait for its gradients
+        micros = list(
+            row_batches(
+                lesson.spans, rows or (~lesson.counted).nonzero()[:1, 0].tolist(), device=torch.device("cpu"),
+                max_rows=self.max_batch_size, max_tokens=self.max_batch_tokens,
+            )
+        )  # fmt: skip
         for number, micro in enumerate(micros):
             last = number == len(micros) - 1
             with self.accelerator.no_sync(self.model) if not last else nullcontext():
-                _accumulate(totals, self._backward(rollout.select(micro), targets, micro, num_tokens))
+                _accumulate(totals, self._backward(lesson, micro, num_tokens))
         totals = self._over_ranks(totals)
         self.accelerator.unscale_gradients(self.optimizer)
         totals["policy/grad_norm"] = self._clip(self.actor.values())
         totals["value/grad_norm"] = self._clip(self.critic.values())
-        finite = torch.isfinite(totals["policy/grad_norm"] + totals["value/grad_norm"])
-        if self.accelerator.scaler is None and not bool(finite):  # float16's scaler leaves such steps out by itself
-            self.optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(
-                f"gradient norms of actor {float(totals['policy/grad_norm'])} and critic"
-                f" {float(totals['value/grad_norm'])} in optimizer step {self.steps + 1}: the weights were left as they"
-                " are; lower the learning rate, or look for extreme scores"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return totals
+        self._apply(totals, rows, lesson, progress)
 
-    def _backward(self, rollout: Rollout, targets: Targets, rows: Rows, num_tokens: Tensor) -> dict[str, Tensor]:
+    def _apply(self, totals: dict[str, Tensor], rows: list[int], lesson: Lesson, progress: Progress) -> None:
+        """Take the step if all numbers are finite; else leave weights and optimizer as they are, and count it."""
+        watched = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm")
+        finite = bool(torch.stack([totals[name].float() for name in watched]).isfinite().all())
+        scaled = (
+            self.accelerator.scaler is not None
+        )  # float16's scaler leaves such steps out by itself, and scales down
+        if finite or scaled:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.skipped_in_a_row = 0
+            self.steps += 1
+            progress.steps += 1
+            _accumulate(progress.totals, totals)
+            return
+        progress.skipped += 1
+        self.skipped_in_a_row += 0 if scaled else 1
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            figures = ", ".join(f"{name} {float(totals[name]):.3g}" for name in watched)
+            raise FloatingPointError(
+                f"{figures} in epoch {progress.epoch + 1}, minibatch {progress.minibatch + 1}, the"
+                f" {self.skipped_in_a_row}th step in a row that is not finite; it holds {lesson.named(rows)}. The"
+                " weights are as the last good step left them: lower the learning rates, or look for extreme scores"
+            )
+
+    def _backward(self, lesson: Lesson, rows: Rows, num_tokens: Tensor) -> dict[str, Tensor]:
         """Gradients of one microbatch, added to those there are; its part of each diagnostic."""
-        mask, steps = rollout.response_mask, rows.steps
-        advantages, returns = targets.advantages[rows.numbers, :steps], targets.returns[rows.numbers, :steps]
+        rollout, targets = lesson.read(rows)
+        mask = rollout.response_mask & lesson.counted[rows.numbers][:, None]
+        device, steps = self._device, rows.steps
+        rollout, mask = rollout.to(device), mask.to(device)
         with self.accelerator.autocast():
             out = self.model(
                 rollout.sequences, rollout.prompt_lengths, steps, temperature=rollout.temperature,
                 lengths=rollout.lengths, num_tokens=rows.num_tokens, entropy_grad=self.entropy_coef != 0,
             )  # fmt: skip
         policy = policy_loss(
-            out.logprobs, rollout.logprobs, advantages, mask, eps_clip=self.eps_clip, dual_clip=self.dual_clip,
+            out.logprobs, rollout.logprobs, targets.advantages.to(device), mask, eps_clip=self.eps_clip,
+            dual_clip=self.dual_clip, num_tokens=num_tokens,
+        )  # fmt: skip
+        value = value_loss(
+            out.values, rollout.values, targets.returns.to(device), mask, value_clip=self.value_clip,
             num_tokens=num_tokens,
         )  # fmt: skip
-        value = value_loss(out.values, rollout.values, returns, mask, value_clip=self.value_clip, num_tokens=num_tokens)
         entropy = (out.entropy * mask).sum() / num_tokens
         loss = policy.loss + value.loss
         if self.entropy_coef != 0:

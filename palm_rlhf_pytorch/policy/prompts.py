@@ -5,6 +5,7 @@ An epoch is a permutation of all prompts, drawn from (seed, epoch) alone: where 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,18 @@ from torch import Tensor
 from palm_rlhf_pytorch.tensors import align_left, check_token_ids, lengths_to_mask, pad_ragged
 from palm_rlhf_pytorch.text.datasets import read_prompts
 from palm_rlhf_pytorch.text.tokenizer import encode_with
+
+
+class PromptBatch(NamedTuple):
+    """Some prompts: ids (b, p), mask (b, p), True on real tokens, and which of all prompts they are, (b,)."""
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device) -> "PromptBatch":
+        """The same on a device."""
+        return PromptBatch(*(part.to(device) for part in self))
 
 
 class Prompts:
@@ -123,6 +136,12 @@ def prompts_from(
         ids, lengths = _from_list(prompt_token_ids)
     check_token_ids(ids, num_tokens, name="prompt_token_ids")
     return Prompts(ids.long(), lengths, seed=seed)
+
+
+def padding_of(tokenizer: object | None, pad_value: int | None) -> int | None:
+    """The id that pads, if the caller or the tokenizer names one: pad_token_id in Hugging Face's, pad_token in ours."""
+    found = [getattr(tokenizer, name, None) for name in ("pad_token_id", "pad_token")]
+    return next((value for value in (pad_value, *found) if isinstance(value, int)), None)
 
 
 def one_prompt(prompt: Tensor, *, num_tokens: int, pad_value: int | None, seq_len: int) -> Tensor:

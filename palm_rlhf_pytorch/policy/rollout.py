@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.palm.generation import Generation
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, Observation
 from palm_rlhf_pytorch.tensors import align_left, lengths_to_mask, split_rows
 
@@ -30,9 +29,11 @@ class Rollout(NamedTuple):
     sampler_logprobs: the log-probability the sampler saw; equal to logprobs up to rounding, (b, t).
     kl_exact: KL(policy || reference) of the whole next-token distributions, nats, (b, t); a metric, never a reward.
     ended: True where the response ended with EOS, (b,).
+    prompt_rows: which of the trainer's prompts each answers, -1 where that is not known, (b,), int64.
+    versions: how many updates the policy had had that sampled it, (b,), int64.
     temperature: of sampling, and so of every log-probability.
     eos_token: the id that ends a response, None if none does.
-    scores: the judge's raw scores, (b,); None before judging.
+    scores: the judge's raw scores, (b,); None before judging. A response without a finite score counts nowhere.
     """
 
     sequences: Tensor
@@ -44,9 +45,21 @@ class Rollout(NamedTuple):
     sampler_logprobs: Tensor
     kl_exact: Tensor
     ended: Tensor
+    prompt_rows: Tensor
+    versions: Tensor
     temperature: float
     eos_token: int | None
     scores: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.sequences.device
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on a device; what is there already stays."""
+        fields: dict[str, Any] = self._asdict()
+        return self._replace(**{name: part.to(device) for name, part in fields.items() if isinstance(part, Tensor)})
 
     @property
     def response_mask(self) -> Tensor:
@@ -82,6 +95,8 @@ class Rollout(NamedTuple):
             sampler_logprobs=self.sampler_logprobs[index, :steps],
             kl_exact=self.kl_exact[index, :steps],
             ended=self.ended[index],
+            prompt_rows=self.prompt_rows[index],
+            versions=self.versions[index],
             temperature=self.temperature,
             eos_token=self.eos_token,
             scores=None if self.scores is None else self.scores[index],
@@ -132,69 +147,105 @@ def row_batches(
         yield Rows(index, max(sum(spans[row]) for row in batch), max(lengths), sum(lengths))
 
 
-@torch.no_grad()
+class Prompting(NamedTuple):
+    """What to sample responses to, and how.
+
+    prompts: ids, (b, p), padding on either side. prompt_mask: True on real tokens, (b, p).
+    prompt_rows: which of the trainer's prompts they are, (b,); -1 where that is not known.
+    max_new_tokens: for each row, (b,). temperature: above 0. eos_token: id that ends a response, or None.
+    """
+
+    prompts: Tensor
+    prompt_mask: Tensor
+    prompt_rows: Tensor
+    max_new_tokens: Tensor
+    temperature: float
+    eos_token: int | None
+
+    def select(self, rows: list[int]) -> "Prompting":
+        """Some of the prompts."""
+        return self._replace(
+            prompts=self.prompts[rows], prompt_mask=self.prompt_mask[rows], prompt_rows=self.prompt_rows[rows],
+            max_new_tokens=self.max_new_tokens[rows],
+        )  # fmt: skip
+
+    def batches(self, max_batch_size: int) -> list[list[int]]:
+        """Rows to be sampled together: all in their order, or, if they are too many, those of similar length."""
+        if len(self.prompts) <= max_batch_size:
+            return [list(range(len(self.prompts)))]
+        return split_rows(self.prompt_mask.sum(dim=-1).tolist(), max_rows=max_batch_size)
+
+
 def collect_rollout(
     actor_critic: ActorCritic,
-    prompts: Tensor,
-    prompt_mask: Tensor,
+    prompting: Prompting,
     *,
-    max_new_tokens: Tensor,
-    temperature: float,
-    eos_token: int | None,
-    generator: torch.Generator,
+    generator: Callable[[int], torch.Generator],
+    version: int,
     max_batch_size: int,
     max_batch_tokens: int,
     on_step: Callable[[], object] | None = None,
 ) -> Rollout:
-    """Sample a response to each prompt, and record what learning needs of it; rows come back in the prompts' order.
+    """A response to each prompt, with all that learning needs, in the prompts' order; see `rollout_parts`."""
+    batches = prompting.batches(max_batch_size)
+    parts = rollout_parts(
+        actor_critic, prompting, batches, generator=generator, version=version, max_batch_tokens=max_batch_tokens,
+        on_step=on_step,
+    )  # fmt: skip
+    return _join(list(parts), batches)
+
+
+def rollout_parts(
+    actor_critic: ActorCritic,
+    prompting: Prompting,
+    batches: Sequence[list[int]],
+    *,
+    generator: Callable[[int], torch.Generator],
+    version: int,
+    max_batch_tokens: int,
+    on_step: Callable[[], object] | None = None,
+    first: int = 0,
+) -> Iterator[Rollout]:
+    """Sample the batches one after the other; what a batch gives does not depend on those before it.
 
     Args:
         actor_critic: policy, critic and reference; dropout is off whatever its mode.
-        prompts: ids, (b, p), padding on either side.
-        prompt_mask: True on real tokens, (b, p).
-        max_new_tokens: for each row, (b,).
-        temperature: above 0.
-        eos_token: id that ends a response, or None.
-        generator: random state of the draws.
-        max_batch_size: rows generated together; if there are more, those of similar prompt length go together.
+        prompting: all prompts.
+        batches: rows of each.
+        generator: gives the random state of a batch's draws, by the batch's number.
+        version: how many updates the policy has had.
         max_batch_tokens: tokens, padding included, in one pass over whole sequences.
         on_step: called after each generated token of a batch.
+        first: number of the batch to begin with.
     """
-    was_training = actor_critic.training
-    actor_critic.eval()
-    batches = [list(range(len(prompts)))]
-    if len(prompts) > max_batch_size:
-        batches = split_rows(prompt_mask.sum(dim=-1).tolist(), max_rows=max_batch_size)
-    try:
-        parts = [
-            _collect(
-                actor_critic, *align_left(prompts[rows], prompt_mask[rows]), max_new_tokens[rows],
-                temperature=temperature, eos_token=eos_token, generator=generator,
-                max_batch_tokens=max_batch_tokens, on_step=on_step,
-            )
-            for rows in batches
-        ]  # fmt: skip
-    finally:
-        actor_critic.train(was_training)
-    return _join(parts, batches)
+    for number in range(first, len(batches)):
+        was_training = actor_critic.training
+        actor_critic.eval()
+        try:
+            with torch.no_grad():
+                part = _collect(
+                    actor_critic, prompting.select(batches[number]), generator=generator(number), version=version,
+                    max_batch_tokens=max_batch_tokens, on_step=on_step,
+                )  # fmt: skip
+        finally:
+            actor_critic.train(was_training)
+        yield part
 
 
 def _collect(
     actor_critic: ActorCritic,
-    prompts: Tensor,
-    prompt_mask: Tensor,
-    max_new_tokens: Tensor,
+    prompting: Prompting,
     *,
-    temperature: float,
-    eos_token: int | None,
     generator: torch.Generator,
+    version: int,
     max_batch_tokens: int,
     on_step: Callable[[], object] | None,
 ) -> Rollout:
     """Generate one batch, then read it by the path that learns."""
+    prompts, prompt_mask = align_left(prompting.prompts, prompting.prompt_mask)
     out = actor_critic.generate(
-        prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, eos_token=eos_token,
-        generator=generator, on_step=on_step,
+        prompts, prompt_mask, max_new_tokens=prompting.max_new_tokens, temperature=prompting.temperature,
+        eos_token=prompting.eos_token, generator=generator, on_step=on_step,
     )  # fmt: skip
     sequences, mask = align_left(torch.cat((prompts, out.tokens), 1), torch.cat((prompt_mask, out.mask), 1))
     unread = torch.zeros_like(out.logprobs)
@@ -208,14 +259,17 @@ def _collect(
         sampler_logprobs=out.logprobs,
         kl_exact=unread,
         ended=out.ended,
-        temperature=temperature,
-        eos_token=eos_token,
+        prompt_rows=prompting.prompt_rows,
+        versions=torch.full_like(prompting.prompt_rows, version),
+        temperature=prompting.temperature,
+        eos_token=prompting.eos_token,
     )
-    return _observed(actor_critic, rollout, max_batch_tokens=max_batch_tokens)
+    return observed(actor_critic, rollout, max_batch_tokens=max_batch_tokens)
 
 
-def _observed(actor_critic: ActorCritic, rollout: Rollout, *, max_batch_tokens: int) -> Rollout:
-    """The rollout without columns that no row needs, and with what actor, critic and reference say of it."""
+@torch.no_grad()
+def observed(actor_critic: ActorCritic, rollout: Rollout, *, max_batch_tokens: int) -> Rollout:
+    """The rollout without columns that no row needs, and with what actor, critic and reference say of it now."""
     spans = rollout.spans()
     rollout = rollout._replace(sequences=rollout.sequences[:, : max(map(sum, spans))].contiguous())
     seen = Observation(*(torch.zeros_like(rollout.logprobs) for _ in Observation._fields))
@@ -248,25 +302,3 @@ def _join(parts: list[Rollout], batches: list[list[int]]) -> Rollout:
         if isinstance(value, Tensor)
     }
     return parts[0]._replace(**tensors)
-
-
-def sample_answers(
-    actor_critic: ActorCritic,
-    prompt: Tensor,
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_token: int | None,
-    generator: torch.Generator,
-    max_batch_size: int,
-    on_step: Callable[[], object] | None = None,
-) -> list[Generation]:
-    """Several responses of the actor to one prompt (p,), at most max_batch_size of them in a batch."""
-    return [
-        actor_critic.generate(
-            prompt.expand(len(share), -1), None, max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_token=eos_token, generator=generator, on_step=on_step,
-        )
-        for share in torch.arange(num_samples).split(max_batch_size)
-    ]  # fmt: skip

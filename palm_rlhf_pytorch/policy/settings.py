@@ -7,16 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
-from torch import Tensor
-
 from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
-from palm_rlhf_pytorch.palm.inputs import check_length
-from palm_rlhf_pytorch.palm.sampling import check_sampling
-from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy.prompts import Prompts
-from palm_rlhf_pytorch.reward.model import RewardModel
-from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
+from palm_rlhf_pytorch.training.metrics import GLOSSARY
 from palm_rlhf_pytorch.typecheck import typecheck
 
 RENAMED = {"beta_s": "entropy_coef", "kl_div_loss_weight": "kl_coef", "lam": "gae_lambda"}  # what others call them
@@ -69,6 +61,17 @@ class PPOSettings:
             not. 4096 keeps a step of the README's model at about 5 GB.
         activation_checkpointing: keep a layer's input alone for the backward pass and compute the layer again there:
             less memory, more time, the same gradients.
+        max_dropped: largest share of an update's responses that may go without a finite score; more stops training.
+        max_skipped_steps: steps in a row with a loss or gradient norm that is not finite, after which training stops.
+        judge_timeout: seconds that one call of the judge may take; None waits as long as it takes.
+        max_staleness: learn again from the responses of so many updates before, with importance weights; 0 as in PPO.
+        importance_cap: bound on these weights; 2.
+        keep_experience: updates whose responses stay on disk; at least as many as max_staleness needs do.
+        save_every: updates between two checkpoints of a run with a `run_dir`.
+        save_every_steps: optimizer steps between two checkpoints inside an update; None for none.
+        save_rollouts: write a checkpoint between scoring and learning too: where sampling takes longest.
+        keep_last: newest checkpoints that are kept.
+        keep_best: name of a metric: the checkpoint where it was highest is kept too.
     """
 
     actor_lr: float = 1e-4
@@ -105,6 +108,17 @@ class PPOSettings:
     max_batch_size: int = 64
     max_batch_tokens: int = 4096
     activation_checkpointing: bool = False
+    max_dropped: float = 0.1
+    max_skipped_steps: int = 3
+    judge_timeout: float | None = None
+    max_staleness: int = 0
+    importance_cap: float = 2.0
+    keep_experience: int = 1
+    save_every: int = 1
+    save_every_steps: int | None = None
+    save_rollouts: bool = False
+    keep_last: int = 2
+    keep_best: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing.
@@ -124,24 +138,46 @@ class PPOSettings:
             "max_batch_tokens",
             "kl_horizon",
             "adam_eps",
+            "max_skipped_steps",
+            "importance_cap",
+            "keep_experience",
+            "save_every",
+            "keep_last",
         )
-        optional = ("max_norm", "dual_clip", "value_clip", "target_kl_nats_per_response")
+        optional = (
+            "max_norm",
+            "dual_clip",
+            "value_clip",
+            "target_kl_nats_per_response",
+            "judge_timeout",
+            "save_every_steps",
+        )
         for name in positive + optional:
             value = getattr(self, name)
             if not (value is None and name in optional) and not value > 0:
                 raise ValueError(f"{name} ({value}) must be above 0" + (", or None" if name in optional else ""))
-        for name in ("actor_lr", "critic_lr", "actor_wd", "critic_wd", "kl_coef", "missing_eos_penalty"):
+        for name in (
+            "actor_lr",
+            "critic_lr",
+            "actor_wd",
+            "critic_wd",
+            "kl_coef",
+            "missing_eos_penalty",
+            "max_staleness",
+        ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
         if self.eps_clip >= 1:
             raise ValueError(f"eps_clip ({self.eps_clip}) must be below 1; 0.2 is usual")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip ({self.dual_clip}) must be above 1, or None; 3 is usual")
-        for name in ("gamma", "gae_lambda"):
+        for name in ("gamma", "gae_lambda", "max_dropped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to 1")
         if self.target_kl_nats_per_response is not None and self.kl_coef == 0:
             raise ValueError("kl_coef (0) cannot be steered to target_kl_nats_per_response: start it above 0")
+        if self.keep_best is not None and self.keep_best not in GLOSSARY:
+            raise ValueError(f"keep_best ({self.keep_best!r}) names no metric; training/metrics.py lists them")
 
     def warn(self) -> None:
         """Warn of what is allowed but seldom meant."""
@@ -181,72 +217,23 @@ class PPOSettings:
         """The part that bounds a pass."""
         return {"max_batch_size": self.max_batch_size, "max_batch_tokens": self.max_batch_tokens}
 
+    def run_arguments(self) -> dict[str, Any]:
+        """The part that says what stays on disk."""
+        keep = max(self.keep_experience, self.max_staleness)
+        return {"keep_last": self.keep_last, "keep_best": self.keep_best, "keep_experience": keep}
+
+    def doctor_arguments(self) -> dict[str, Any]:
+        """The part that the doctor measures by."""
+        return {"eos_token": False, "target_kl": self.target_kl_nats_per_response, "max_norm": self.max_norm}
+
     def learner_arguments(self) -> dict[str, Any]:
         """The part that the Learner takes."""
         names = (
             "actor_lr", "critic_lr", "actor_wd", "critic_wd", "betas", "adam_eps", "max_norm", "eps_clip", "dual_clip",
             "value_clip", "entropy_coef", "epochs", "minibatch_size", "max_batch_size",
-            "max_batch_tokens",
+            "max_batch_tokens", "max_skipped_steps",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
-
-
-def check_train_arguments(
-    prompts: Prompts,
-    settings: PPOSettings,
-    *,
-    palm: PaLM,
-    num_episodes: int,
-    max_seq_len: int,
-    max_new_tokens: int | None,
-    eos_token: int | None,
-    temperature: float,
-    update_timesteps: int,
-) -> None:
-    """Refuse what would fail later, before anything is sampled.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    for name, count in (("num_episodes", num_episodes), ("update_timesteps", update_timesteps)):
-        if count < 1:
-            raise ValueError(f"{name} ({count}) must be at least 1")
-    batch = min(num_episodes, update_timesteps)
-    if settings.target_kl_nats_per_response is not None and batch >= 5 * settings.kl_horizon:
-        raise ValueError(
-            f"update_timesteps ({update_timesteps}) must be below 5 times kl_horizon ({settings.kl_horizon})"
-        )
-    check_sampling_arguments(
-        prompts.lengths, palm=palm, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token,
-        temperature=temperature,
-    )  # fmt: skip
-
-
-def check_rollout_arguments(prompts: Tensor, prompt_mask: Tensor, *, palm: PaLM, **sampling: Any) -> None:
-    """Refuse prompts that are not token ids (b, p) with their mask, and what `check_sampling_arguments` refuses.
-
-    Raises:
-        TypeError: if prompts are not integers, or prompt_mask is not bool.
-        ValueError: naming the argument and its value.
-    """
-    check_masked(prompt_mask, prompts=prompts)
-    check_token_ids(prompts.masked_fill(~prompt_mask, 0), palm.num_tokens, name="prompts")
-    check_sampling_arguments(prompt_mask.sum(dim=-1), palm=palm, **sampling)
-
-
-def check_answer_arguments(
-    palm: PaLM, *, seq_len: int, num_samples: int, eos_token: int | None, temperature: float
-) -> None:
-    """Refuse what sampling an answer would stumble over after its first tokens; arguments as in RLHFTrainer.generate.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    if num_samples < 1:
-        raise ValueError(f"num_samples ({num_samples}) must be at least 1")
-    check_sampling(temperature=temperature, top_k=None, top_p=None)
-    check_length(seq_len, palm.max_length, name="seq_len")
-    _check_eos(eos_token, palm)
 
 
 def settings_from(given: Mapping[str, Any]) -> PPOSettings:
@@ -265,79 +252,3 @@ def settings_from(given: Mapping[str, Any]) -> PPOSettings:
     settings = PPOSettings(**given)
     settings.warn()
     return settings
-
-
-def check_judge(judge: object, palm: PaLM) -> None:
-    """Raise unless a judge can score what palm writes.
-
-    Raises:
-        TypeError: if it is a language model, not a judge.
-        ValueError: if it is a reward model of another vocabulary.
-    """
-    if isinstance(judge, PaLM):
-        raise TypeError(
-            "reward_model is a PaLM, which gives logits: make a judge of it, RewardModel(palm), and train it"
-        )
-    if isinstance(judge, RewardModel) and judge.palm.num_tokens != palm.num_tokens:
-        raise ValueError(
-            f"reward_model reads {judge.palm.num_tokens} token ids, palm writes {palm.num_tokens}: they must share a"
-            " vocabulary"
-        )
-
-
-def check_trackers(log_with: object) -> None:
-    """Raise an ImportError, which names the extra, for a tracker of accelerate's that is not installed."""
-    names = log_with if isinstance(log_with, list | tuple) else [log_with]
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in names:
-        if isinstance(name, str) and name != "all" and name not in available:
-            extra = f"palm-rlhf-pytorch[{name}]" if name in ("wandb", "tensorboard") else name
-            raise ImportError(f"log_with names {name!r}, which is not installed: pip install {extra}")
-
-
-def check_sampling_arguments(
-    lengths: Tensor,
-    *,
-    palm: PaLM,
-    max_seq_len: int,
-    max_new_tokens: int | None,
-    eos_token: int | None,
-    temperature: float,
-) -> None:
-    """Refuse settings of a rollout that leave no room for a response, or that name no distribution.
-
-    Args:
-        lengths: tokens of each prompt, (b,).
-        palm: the model that samples.
-        max_seq_len: as in `RLHFTrainer.rollout`.
-        max_new_tokens: likewise.
-        eos_token: likewise.
-        temperature: likewise.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1, or None")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature ({temperature}) must be above 0: a greedy policy has nothing to explore")
-    _check_eos(eos_token, palm)
-    if int(lengths.min()) < 1:
-        raise ValueError(f"prompt {int(lengths.argmin())} is all padding: a prompt takes at least one token")
-    row, longest = int(lengths.argmax()), int(lengths.max())
-    if longest >= max_seq_len:
-        raise ValueError(
-            f"max_seq_len ({max_seq_len}) counts the prompt: prompt {row} has {longest} tokens and leaves no room for a"
-            " response; shorten it or raise max_seq_len"
-        )
-    total = max_seq_len if max_new_tokens is None else min(max_seq_len, longest + max_new_tokens)
-    if total > palm.max_length:
-        raise ValueError(
-            f"max_seq_len ({max_seq_len}) lets rows grow to {total} tokens: beyond {palm.max_length} palm's xPos scales"
-            " leave the range of its dtype; lower max_seq_len or max_new_tokens"
-        )
-
-
-def _check_eos(eos_token: int | None, palm: PaLM) -> None:
-    if eos_token is not None and not 0 <= eos_token < palm.num_tokens:
-        raise ValueError(f"eos_token ({eos_token}) must be from 0 to {palm.num_tokens - 1}, or None")

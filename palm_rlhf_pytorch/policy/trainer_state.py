@@ -1,119 +1,197 @@
-"""What a trainer must keep to go on where it stopped: trained weights, optimizer, counters, normaliser, coefficient.
+"""What a trainer must keep to go on where it stopped, to the same bits; the update in hand included.
 
-Random states need no keeping: each follows from the seed and a counter. The frozen trunk is not written; a digest of
-it is, so that a checkpoint is not taken up over another model.
+Trained weights, optimizer, counters, normaliser, coefficient, the call of `train`, and the responses that are being
+learnt from. The trainer's own random states follow from the seed and counters; the global ones of Python, NumPy and
+torch are kept for judges that draw from them. The frozen trunk is not written; a digest of it is, so that a checkpoint
+is not taken up over another model.
 """
 
 import hashlib
+import random
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from palm_rlhf_pytorch.palm.config import BEHAVIOUR
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.arguments import Call
+from palm_rlhf_pytorch.policy.doctor import Doctor
+from palm_rlhf_pytorch.policy.learning import Learner, Progress
 from palm_rlhf_pytorch.policy.prompts import Prompts
+from palm_rlhf_pytorch.policy.run import Flight, Run
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
-from palm_rlhf_pytorch.training.tensor_file import check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.training.checkpoint import Checkpoint
+from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.tensor_file import check_state
 
 KIND = "RLHFTrainer"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+COUNTERS = ("rollouts", "answers", "episodes", "updates", "saves")
+FREE = (  # settings that a run may go on without: the bits may differ, the run is the same
+    "actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing", "judge_timeout",
+    "max_dropped", "max_skipped_steps", "keep_experience", "save_every", "save_every_steps", "save_rollouts",
+    "keep_last", "keep_best",
+)  # fmt: skip
 
 
 class Trainer(Protocol):
     """What of a trainer is kept."""
 
     accelerator: Accelerator
+    ranks: Ranks
     actor_critic: ActorCritic
     learner: Learner
     normalizer: ScoreNormalizer
+    doctor: Doctor
     prompts: Prompts
     settings: PPOSettings
+    run: Run
+    call: Call | None
+    flight: Flight | None
     seed: int
     rollouts: int
     answers: int
     episodes: int
     updates: int
+    saves: int
     kl_coef: float
+    trunk_digest: str | None
 
 
-def save_trainer(trainer: Trainer, path: str | Path) -> None:
-    """Write a trainer's state to one file, atomically."""
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """The arguments `values`, `tensors` and `files` of a checkpoint; to be asked for on every process."""
     parameters = _trained(trainer)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        for moment, value in trainer.learner.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{moment}.{name}"] = value
-    extra = {
-        "trunk": _digest(trainer.actor_critic.palm),
+    model = {name: _whole(parameter.detach()) for name, parameter in parameters.items()}
+    optimizer = {
+        f"{moment}.{name}": _whole(value)
+        for name, parameter in parameters.items()
+        for moment, value in trainer.learner.optimizer.state.get(parameter, {}).items()
+    }
+    flight = trainer.flight
+    values = {
+        "palm": trainer.actor_critic.palm.config,
+        "settings": trainer.settings.plain(),
+        "trunk": _trunk(trainer),
         "seed": trainer.seed,
-        "prompts_taken": trainer.prompts.taken,
-        "rollouts": trainer.rollouts,
-        "answers": trainer.answers,
-        "episodes": trainer.episodes,
-        "updates": trainer.updates,
+        "processes": trainer.ranks.count,
+        "counters": {name: getattr(trainer, name) for name in COUNTERS},
+        "prompts_taken": trainer.prompts.taken if flight is None else flight.taken,
         "steps": trainer.learner.steps,
+        "skipped_in_a_row": trainer.learner.skipped_in_a_row,
         "kl_coef": trainer.kl_coef,
         "normalizer": trainer.normalizer.state(),
+        "doctor": trainer.doctor.state(),
         "learning_rates": [float(group["lr"]) for group in trainer.learner.optimizer.param_groups],
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
+        "call": None if trainer.call is None else asdict(trainer.call),
+        "flight": None if flight is None else _flight_state(flight),
+        "random": gather_object([_random_states()]),
     }
-    config = {"palm": trainer.actor_critic.palm.config, "settings": trainer.settings.plain()}
-    save_tensors(path, tensors, kind=KIND, config=config, extra=extra)
+    kept = trainer.run.kept(trainer.updates, trainer.settings.max_staleness) if trainer.settings.max_staleness else []
+    files = [path for file in kept for path in file.files()] + ([] if flight is None else flight.files)
+    return {
+        "values": values,
+        "tensors": {"model": model, "optimizer": optimizer},
+        "files": {path.name: path for path in files},
+    }
 
 
-def load_trainer(trainer: Trainer, path: str | Path) -> None:
-    """Check a file against a trainer, then take over its state.
+def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Check a checkpoint against a trainer, then take over its state.
 
     Raises:
-        FileNotFoundError: if there is no such file.
         ValueError: if it does not fit; the trainer is then as it was.
     """
-    checkpoint = load_tensors(path, kind=KIND)
-    if checkpoint.kind != KIND:
-        raise ValueError(f"{path} is not a trainer's checkpoint; trainer.save(path) writes one")
+    path, values = checkpoint.path, checkpoint.values
     parameters = _trained(trainer)
-    expected: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    stepped = any(name.startswith("optimizer.") for name in checkpoint.tensors)
-    if stepped:
-        for name, parameter in parameters.items():
-            shapes = (parameter, parameter, torch.zeros(()))
-            expected |= {f"optimizer.{moment}.{name}": shape for moment, shape in zip(MOMENTS, shapes, strict=True)}
-    check_state(expected, checkpoint.tensors, path=path)
-    extra = checkpoint.extra
-    _check_same_function(path, checkpoint.config.get("palm", {}), trainer.actor_critic.palm.config)
-    _check_same(path, checkpoint.config.get("settings", {}), trainer.settings.plain())
-    if extra["trunk"] != _digest(trainer.actor_critic.palm):
+    moments = checkpoint.tensors.get("optimizer", {})
+    _check_tensors(path, parameters, checkpoint.tensors.get("model", {}), moments)
+    _check_same_function(path, values.get("palm", {}), trainer.actor_critic.palm.config)
+    _check_same(path, values.get("settings", {}), trainer.settings.plain())
+    if values["trunk"] != _trunk(trainer):
         raise ValueError(f"{path} was trained over another palm: its frozen weights differ from this trainer's")
+    flight = values["flight"]
+    if values["processes"] != trainer.ranks.count:
+        warnings.warn(
+            f"{path} was written by {values['processes']} processes, this run has {trainer.ranks.count}: it goes on,"
+            " but not to the same bits; the update that was in hand, if any, begins anew from the weights it had reached",
+            stacklevel=4,
+        )
+        flight = None
 
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.tensors[f"model.{name}"])
-    _restore_optimizer(trainer, checkpoint.tensors if stepped else {})
-    for group, lr in zip(trainer.learner.optimizer.param_groups, extra["learning_rates"], strict=True):
+            _put(parameter, checkpoint.tensors["model"][name])
+    _restore_optimizer(trainer, moments)
+    for group, lr in zip(trainer.learner.optimizer.param_groups, values["learning_rates"], strict=True):
         group["lr"] = lr
-    if trainer.accelerator.scaler is not None and extra["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(extra["scaler"])
-    trainer.seed, trainer.prompts.seed = extra["seed"], extra["seed"]
-    trainer.prompts.taken, trainer.rollouts = extra["prompts_taken"], extra["rollouts"]
-    trainer.answers = extra["answers"]
-    trainer.episodes, trainer.updates, trainer.learner.steps = extra["episodes"], extra["updates"], extra["steps"]
-    trainer.kl_coef = extra["kl_coef"]
-    trainer.normalizer.restore(extra["normalizer"])
+    if trainer.accelerator.scaler is not None and values["scaler"] is not None:
+        trainer.accelerator.scaler.load_state_dict(values["scaler"])
+    trainer.seed = trainer.prompts.seed = values["seed"]
+    trainer.prompts.taken = values["prompts_taken"]
+    for name in COUNTERS:
+        setattr(trainer, name, values["counters"][name])
+    trainer.learner.steps, trainer.learner.skipped_in_a_row = values["steps"], values["skipped_in_a_row"]
+    trainer.kl_coef = values["kl_coef"]
+    trainer.normalizer.restore(values["normalizer"])
+    trainer.doctor.restore(values["doctor"])
+    trainer.call = None if values["call"] is None else Call(**values["call"])
+    trainer.run.take_files(checkpoint)
+    trainer.flight = None if flight is None else _restored_flight(trainer, flight)
+    if values["processes"] == trainer.ranks.count:
+        _set_random_states(values["random"][trainer.ranks.rank])
+
+
+def _flight_state(flight: Flight) -> dict[str, Any]:
+    return {
+        "refreshed": flight.refreshed is not None,
+        "progress": None if flight.progress is None else flight.progress.state(),
+    }
+
+
+def _restored_flight(trainer: Trainer, state: dict[str, Any]) -> Flight:
+    run, number = trainer.run, trainer.updates
+    progress, device = state["progress"], trainer.accelerator.device
+    return Flight(
+        trainer.prompts.taken,
+        run.file("update", number, fresh=False),
+        run.file("refreshed", number, fresh=False) if state["refreshed"] else None,
+        None if progress is None else Progress.restored(progress, device=device),
+    )
+
+
+def _check_tensors(
+    path: Path, parameters: dict[str, nn.Parameter], model: dict[str, Tensor], moments: dict[str, Tensor]
+) -> None:
+    """Names and shapes of weights and of the optimizer's state, which is empty before the first step."""
+    check_state(parameters, model, path=path)
+    if moments:
+        shapes = {
+            f"{moment}.{name}": torch.zeros(()) if moment == "step" else parameter
+            for name, parameter in parameters.items()
+            for moment in MOMENTS
+        }
+        check_state(shapes, moments, path=path)
 
 
 def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     """Give each parameter its moments; without any the optimizer is as new."""
     optimizer = trainer.learner.optimizer
-    names = {id(parameter): name for name, parameter in _trained(trainer).items()}
+    trained = _trained(trainer)
+    names = {id(parameter): name for name, parameter in trained.items()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {moment: tensors[f"optimizer.{moment}.{name}"] for moment in MOMENTS}
+        index: {moment: _like(trained[name], tensors[f"{moment}.{name}"]) for moment in MOMENTS}
         for index, name in enumerate(order if tensors else ())
     }
     # by load_state_dict, which knows on which device each kind of AdamW keeps its step count
@@ -124,7 +202,60 @@ def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:
     return trainer.learner.actor | trainer.learner.critic
 
 
-def _check_same_function(path: str | Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+# tensors that are spread over processes
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor in the shards of a parameter of its shape."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    from_whole = torch.distributed.tensor.distribute_tensor
+    return from_whole(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _put(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(_like(parameter, value))
+
+
+# global random states
+
+
+def _random_states() -> dict[str, Any]:
+    """Of this process: Python's, NumPy's, torch's on the CPU and on its CUDA devices; JSON-able."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": bytes(torch.get_rng_state().numpy()).hex(),
+        "cuda": [bytes(state.numpy()).hex() for state in cuda],
+    }
+
+
+def _set_random_states(kept: dict[str, Any]) -> None:
+    version, internal, gauss = kept["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = kept["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(kept["torch"]))
+    if kept["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(kept["cuda"]):
+        torch.cuda.set_rng_state_all([_bytes(state) for state in kept["cuda"]])
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+# what must be the same
+
+
+def _check_same_function(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """The palm must compute what the run's did: equal weights are not enough."""
     differing = [
         f"{name}: file {saved.get(name)}, palm {present[name]}"
@@ -135,13 +266,12 @@ def _check_same_function(path: str | Path, saved: dict[str, Any], present: dict[
         raise ValueError(f"{path} was trained over a palm of another behaviour ({'; '.join(differing)})")
 
 
-def _check_same(path: str | Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Settings must be those of the run, learning rates apart."""
-    free = ("actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing")
+def _check_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Settings must be those of the run, FREE ones apart."""
     differing = [
         f"{name}: file {saved.get(name)}, trainer {value}"
         for name, value in present.items()
-        if name not in free and saved.get(name) != value
+        if name not in FREE and saved.get(name) != value
     ]
     if differing:
         raise ValueError(
@@ -149,10 +279,17 @@ def _check_same(path: str | Path, saved: dict[str, Any], present: dict[str, Any]
         )
 
 
+def _trunk(trainer: Trainer) -> str:
+    """The digest of the frozen trunk, taken once: to read all weights takes seconds a gigabyte."""
+    trainer.trunk_digest = trainer.trunk_digest or _digest(trainer.actor_critic.palm)
+    return trainer.trunk_digest
+
+
 def _digest(palm: PaLM) -> str:
     """SHA-256 of the frozen weights, by name."""
     digest = hashlib.sha256()
     for name, parameter in palm.named_base_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        weights = _whole(parameter.detach()).cpu().contiguous()
+        digest.update(weights.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from palm_rlhf_pytorch.training.atomic import replacing
+
 GLOSSARY: dict[str, str] = {
     "step": "number of optimizer steps (supervised) or updates (policy) done when the line was written",
     "episodes": "number of responses sampled and learnt from so far, over all processes",
@@ -36,6 +38,7 @@ GLOSSARY: dict[str, str] = {
     "value/explained_variance": "1 - var(returns - values) / var(returns), against Monte-Carlo returns; 1 is perfect",
     "value/grad_norm": "norm of the critic's gradient before clipping",
     "value/lr": "learning rate of the critic in this update",
+    "policy/skipped_steps": "optimizer steps of this update left out because loss or gradient norm was not finite",
     "objective/kl": "mean over responses of the sum over tokens of logprob - reference logprob (k1), nats a response",
     "objective/kl_token": "mean over response tokens of logprob - reference logprob (k1), nats a token",
     "objective/kl_k3": "mean over response tokens of exp(-d) - 1 + d, d = logprob - reference logprob, nats a token",
@@ -45,6 +48,8 @@ GLOSSARY: dict[str, str] = {
     "objective/rlhf_reward": "mean over responses of the score plus the KL penalty, in units of the reward",
     "reward/score": "mean raw score of the judge over responses, in the judge's own unit",
     "reward/score_std": "standard deviation (population) of the raw scores over responses",
+    "reward/dropped": "responses of this update whose score was missing or not finite: they count nowhere",
+    "reward/held_out_score": "mean raw score of the held-out judge, which is never learnt from",
     "reward/score_normalized": "mean over responses of the score as it is learnt from, normalised and penalised",
     "returns/mean": "mean return (advantage + value) over response tokens",
     "returns/var": "variance (population) of the returns over response tokens",
@@ -57,7 +62,7 @@ GLOSSARY: dict[str, str] = {
     "score/length_corr": "Pearson correlation of raw score and response length over responses, -1 to 1",
     "rollout/sampler_logprob_diff_mean": "mean over tokens of |sampler's logprob - training path's logprob|, nats",
     "rollout/sampler_logprob_diff_max": "largest such difference, nats",
-    "rollout/distinct_2": "number of different token pairs over the number of token pairs in the responses, 0 to 1",
+    "rollout/distinct_2": "different pairs of neighbouring tokens over pairs, of the first 65,536 in the responses, 0 to 1",
     "perf/rollout_seconds": "seconds spent sampling and scoring",
     "perf/learn_seconds": "seconds spent in optimizer steps",
     "perf/tokens_per_second": "response tokens sampled and learnt from, per second of both",
@@ -114,9 +119,28 @@ class MetricsLog:
         if self.accelerator is not None and self.accelerator.trackers:
             self.accelerator.log(values, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Take out the lines of steps after this one, which a run that goes on from there will write again."""
+        if self.path is None or not self._is_main or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not _is_after(line, step)]
+        if len(kept) < len(lines):
+            with replacing(self.path) as file:
+                file.write("".join(kept).encode())
+
     @property
     def _is_main(self) -> bool:
         return self.accelerator is None or self.accelerator.is_main_process
+
+
+def _is_after(line: str, step: int) -> bool:
+    """Whether a line is the record of a later step; what is no record of ours is not."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] > step
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

@@ -1,0 +1,281 @@
+"""The loop of `RLHFTrainer.train`: update after update, each of which can stop at any step and go on from disk.
+
+    collect -> score -> learn -> record -> save
+
+What an update has done so far is its `Flight`; a checkpoint taken at any place holds it. Knows how a run goes on, not
+what a policy or a judge is.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from palm_rlhf_pytorch.policy.arguments import Call
+from palm_rlhf_pytorch.policy.diagnostics import headline, timing_metrics
+from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
+from palm_rlhf_pytorch.policy.learning import Progress
+from palm_rlhf_pytorch.policy.preflight import PreflightError, Report
+from palm_rlhf_pytorch.policy.prompts import PromptBatch
+from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts, row_batches
+from palm_rlhf_pytorch.policy.run import Flight
+from palm_rlhf_pytorch.policy.stopping import Stopped, StopSignal
+from palm_rlhf_pytorch.policy.trainer_state import KIND, Trainer, restore_state, state_of
+from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
+from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
+
+
+class Trainable(Trainer, Protocol):
+    """What the loop asks of a trainer beside its state."""
+
+    metrics: MetricsLog
+
+    def next_prompts(self, count: int) -> PromptBatch:
+        """This process's share of the next prompts."""
+        ...
+
+    def prompting(
+        self, batch: PromptBatch, *, max_seq_len: int, max_new_tokens: int | None, **sampling: Any
+    ) -> Prompting:
+        """What to sample, on the training device."""
+        ...
+
+    def generator(self, purpose: str, *counts: int, cpu: bool = False) -> torch.Generator:
+        """A random state that follows from the seed."""
+        ...
+
+    def judged(self, source: Experience) -> Tensor:
+        """The judge's scores of all rows; not too many without one."""
+        ...
+
+    def held_out_scores(self, source: Experience) -> Tensor | None:
+        """The held-out judge's, if there is one."""
+        ...
+
+    def preflight(
+        self, *, max_seq_len: int, max_new_tokens: int | None, eos_token: int | None, temperature: float
+    ) -> Report:
+        """Proof of what PPO takes for granted."""
+        ...
+
+    def learn_from(
+        self,
+        source: Experience,
+        *,
+        num_fresh: int,
+        progress: Progress | None,
+        on_step: Callable[[Progress], object] | None,
+    ) -> dict[str, float]:
+        """Steps of learning on scored responses."""
+        ...
+
+
+def begin(trainer: Trainable, call: Call, resume: str | Path | None) -> Call:
+    """The call, or what is left of the one in a checkpoint, with the trainer's state as it was there.
+
+    Args:
+        trainer: takes over the state.
+        call: of `train`.
+        resume: "auto" for the newest whole checkpoint of the run, if there is one; a path; None to begin.
+
+    Raises:
+        ValueError: if there is nothing to resume from, the folder holds a run that is not resumed, or a checkpoint
+            does not fit the trainer or the call.
+    """
+    checkpoints, found = trainer.run.checkpoints, None
+    if resume == "auto":
+        if checkpoints is None:
+            raise ValueError("resume='auto' looks into run_dir: give RLHFTrainer one, or resume=path")
+        found = checkpoints.latest(kind=KIND)
+    elif resume is not None:
+        found = load_checkpoint(resume, kind=KIND)
+    elif trainer.call is None and checkpoints is not None and checkpoints.steps():
+        raise ValueError(
+            f"run_dir ({trainer.run.folder}) holds a run already: resume='auto' goes on with it, another folder begins"
+            " anew"
+        )
+    if found is not None:
+        kept = found.values.get("call")
+        call = call if kept is None else call.resumed(kept)
+        restore_state(trainer, found)
+    elif trainer.flight is not None:  # an update that was not finished: its prompts come again
+        trainer.prompts.taken, trainer.flight = trainer.flight.taken, None
+    if resume is not None:
+        trainer.metrics.rewind(trainer.updates)
+    return call
+
+
+class Loop:
+    """Runs the updates of a call of `train`."""
+
+    def __init__(self, trainer: Trainable, call: Call, *, use_tqdm: bool) -> None:
+        self.trainer, self.call = trainer, call
+        self.show = use_tqdm and trainer.accelerator.is_main_process
+        self.stop = StopSignal(trainer.ranks, enabled=trainer.run.checkpoints is not None)
+
+    def run(self) -> tuple[list[dict[str, float]], str | None]:
+        """All updates that are left; their metrics, and the signal that ended them early, if one did."""
+        history: list[dict[str, float]] = []
+        done, total = self.call.done, self.call.num_episodes
+        with self.stop, tqdm(total=total, initial=done, disable=not self.show, desc="ppo", unit="episode") as bar:
+            try:
+                while self.call.done < total:
+                    history.append(self.update(bar))
+            except Stopped:
+                self.save()
+                self.say(f"stopped by {self.stop.name} with all state saved; train(resume='auto') goes on from there")
+        return history, self.stop.name
+
+    def prove(self) -> None:
+        """Run preflight, show what it found, and go no further if there is a fault on any process."""
+        report, error = self.trainer.preflight(**self.call.sampling), None
+        self.say(report.table())
+        try:
+            report.raise_failures()
+        except PreflightError as raised:
+            error = raised
+        self.trainer.ranks.raise_together(error)
+
+    def say(self, text: str) -> None:
+        """Tell the user something, above the progress bar."""
+        if self.show:
+            tqdm.write(text, file=sys.stderr)
+
+    def update(self, bar: tqdm) -> dict[str, float]:
+        """One update, or what is left of it."""
+        trainer, size = self.trainer, self.call.size
+        scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place))
+        started = time.perf_counter()
+        flight = self.collect(size)  # 1. collect
+        held_out = self.score(flight)  # 2. score
+        sampled = time.perf_counter()
+        metrics = self.learn(flight) | held_out  # 3. learn
+        tokens = sum(length for _, length in flight.file.spans())
+        metrics |= timing_metrics(tokens, started, sampled, ranks=trainer.ranks, device=trainer.accelerator.device)
+        self.call.done += size
+        trainer.metrics.log(metrics, step=trainer.updates)  # 4. record
+        for finding in trainer.doctor.examine(metrics):
+            self.say(f"update {trainer.updates}: {finding}")
+        trainer.flight = None
+        trainer.rollouts += 1
+        trainer.run.prune(trainer.updates)
+        bar.set_postfix(headline(metrics), refresh=False)
+        bar.update(size)
+        if trainer.updates % trainer.settings.save_every == 0 or self.call.done >= self.call.num_episodes:
+            self.save(metrics)  # 5. save
+        self.stop.check()
+        return metrics
+
+    def collect(self, size: int) -> Flight:
+        """Sample responses to the next prompts, batch by batch onto the disk; those that are there stay."""
+        trainer, settings = self.trainer, self.trainer.settings
+        taken = trainer.prompts.taken
+        if trainer.flight is None:
+            trainer.flight = Flight(taken, trainer.run.file("update", trainer.updates))
+        flight = trainer.flight
+        prompting = trainer.prompting(trainer.next_prompts(size), **self.call.sampling)
+        batches, there = prompting.batches(settings.max_batch_size), len(flight.file)
+        first = next((n for n, end in enumerate(_ends(batches)) if end > there), len(batches))
+        with self._bar(prompting, batches[first:]) as bar, trainer.accelerator.autocast():
+
+            def on_token() -> None:
+                bar.update()
+                self.stop.check_alone()
+
+            parts = rollout_parts(
+                trainer.actor_critic, prompting, batches, first=first, version=trainer.updates,
+                generator=lambda number: trainer.generator("sample", trainer.rollouts, number),
+                max_batch_tokens=settings.max_batch_tokens, on_step=on_token,
+            )  # fmt: skip
+            for number, part in enumerate(parts, start=first):
+                known = there - (_ends(batches)[number] - len(batches[number]))
+                flight.file.append(part.select(torch.arange(max(known, 0), len(batches[number]))).to("cpu"))
+                self.stop.check_alone()
+        self.stop.check()
+        return flight
+
+    def score(self, flight: Flight) -> dict[str, float]:
+        """Have the judge score the responses that are not scored yet; the held-out judge's mean score, if there is one.
+
+        If the judge fails, what was sampled is saved, so that the run goes on from there.
+        """
+        trainer, held_out = self.trainer, None
+        try:
+            if flight.file.scores is None:
+                flight.file.set_scores(trainer.judged(Experience([flight.file])))
+            held_out = trainer.held_out_scores(Experience([flight.file]))
+        except Exception:  # on every process alike
+            self.save()
+            raise
+        if trainer.settings.save_rollouts and flight.progress is None:
+            self.save()
+        self.stop.check()
+        if held_out is None:
+            return {}
+        total, count = trainer.ranks.sum(torch.tensor([held_out.nansum(), held_out.isfinite().sum()])).tolist()
+        return {"reward/held_out_score": total / count if count else float("nan")}
+
+    def learn(self, flight: Flight) -> dict[str, float]:
+        """Learn from the responses, or go on with that."""
+        trainer = self.trainer
+        if trainer.settings.max_staleness and flight.refreshed is None:
+            flight.refreshed = self._refreshed()
+
+        def on_step(progress: Progress) -> None:
+            flight.progress = progress
+            every = trainer.settings.save_every_steps
+            if every is not None and (progress.steps + progress.skipped) % every == 0:
+                self.save()
+            self.stop.check()
+
+        return trainer.learn_from(
+            flight.experience, num_fresh=len(flight.file), progress=flight.progress, on_step=on_step
+        )
+
+    def save(self, metrics: dict[str, float] | None = None) -> None:
+        """Write a checkpoint of everything, if the run keeps any."""
+        trainer = self.trainer
+        if trainer.run.checkpoints is not None:
+            trainer.saves += 1
+            trainer.run.checkpoints.save(trainer.saves, kind=KIND, metrics=metrics or {}, **state_of(trainer))
+
+    def _refreshed(self) -> RolloutFile:
+        """Older responses that are still to be learnt from, as the policy and the critic see them now.
+
+        `logprobs` and `values` are the present ones, `sampler_logprobs` those of the policy that sampled.
+        """
+        trainer, settings = self.trainer, self.trainer.settings
+        target = trainer.run.file("refreshed", trainer.updates)
+        limits = {"max_rows": settings.max_batch_size, "max_tokens": settings.max_batch_tokens}
+        for file in trainer.run.kept(trainer.updates, settings.max_staleness):
+            spans = file.spans()
+            for rows in row_batches(spans, range(len(spans)), device=torch.device("cpu"), **limits):
+                old = file.select(rows)
+                with trainer.accelerator.autocast():
+                    new = observed(
+                        trainer.actor_critic, old.to(trainer.accelerator.device),
+                        max_batch_tokens=settings.max_batch_tokens,
+                    )  # fmt: skip
+                target.append(new.to("cpu")._replace(sampler_logprobs=old.logprobs))
+        return target
+
+    @contextmanager
+    def _bar(self, prompting: Prompting, batches: list[list[int]]) -> Iterator[tqdm]:
+        """Progress over generated tokens, if there are so many that one waits."""
+        total = int(prompting.max_new_tokens.max()) * len(batches)
+        with tqdm(
+            total=total, disable=not (self.show and total >= 256), desc="generate", unit="token", leave=False
+        ) as bar:
+            yield bar
+
+
+def _ends(batches: list[list[int]]) -> list[int]:
+    """How many rows there are up to the end of each batch."""
+    return torch.tensor([0, *map(len, batches)]).cumsum(0)[1:].tolist()

@@ -1,0 +1,186 @@
+"""What the checks before a run look at: a few responses of the trainer's own models, sampled as training samples them.
+
+Knows of no identity: `identities` holds the checks of the policy, `preflight` the others and their order.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, PolicyOutput
+from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.prompts import Prompts
+from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, Rows, collect_rollout, row_batches
+from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer
+from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.products import product_dtype
+
+Status = Literal["ok", "warn", "fail", "skip"]
+MAX_PROMPTS, MIN_PROMPTS, MAX_TOKENS = 6, 4, 16  # responses sampled, and tokens of the longest
+# Two routes to one log-probability, in nats: their mean difference over tokens stays below this, and none is ten times
+# as far off. The same products in another order give 1e-6 in float32 and up to 1e-2 in bfloat16.
+FLOAT32, HALF = 1e-5, 2e-2
+
+
+class Finding(NamedTuple):
+    """What a check found: its status, the numbers, and where it is not ok the cause with what to do."""
+
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+class Trainer(Protocol):
+    """What of a trainer is looked at."""
+
+    accelerator: Accelerator
+    actor_critic: ActorCritic
+    learner: Learner
+    reward_model: Judge
+    prompts: Prompts
+    settings: PPOSettings
+    normalizer: ScoreNormalizer
+    updates: int
+
+    @property
+    def pad_token(self) -> int | None:
+        """The id that pads, if the tokenizer or the caller names one."""
+        ...
+
+
+class Gap(NamedTuple):
+    """How far two routes to the same numbers are apart: the mean and the largest difference."""
+
+    mean: float
+    largest: float
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the mean is within the tolerance, and nothing beyond ten times it; never where there is a NaN."""
+        return self.mean <= tolerance and self.largest <= 10 * tolerance
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1e} on average, {self.largest:.1e} at most"
+
+
+def gap(first: Tensor, second: Tensor, mask: Tensor) -> Gap:
+    """Differences where mask is True, all (b, t); equal infinities are no difference."""
+    first, second = first[mask].double(), second[mask].double()
+    apart = torch.where(first == second, 0.0, (first - second).abs())
+    return Gap(float(apart.mean()), float(apart.max()))
+
+
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+class Probe:
+    """What the checks look at, and what they leave for one another: some prompts, responses to them, their scores."""
+
+    def __init__(
+        self, trainer: Trainer, *, max_seq_len: int, max_new_tokens: int | None, eos_token: int | None,
+        temperature: float, memory: Callable[[], tuple[float, float]] | None = None, palm: PaLM | None = None,
+    ) -> None:  # fmt: skip
+        self.memory, self.palm = memory, palm
+        self.trainer, self.eos_token, self.temperature = trainer, eos_token, temperature
+        self.max_seq_len, self.max_new_tokens = max_seq_len, max_new_tokens
+        self.settings, self.device = trainer.settings, trainer.accelerator.device
+        # not the wrapper: its hooks would have all ranks wait for one another
+        self.model: ActorCritic = trainer.accelerator.unwrap_model(trainer.learner.model)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.rollout: Rollout
+        self.lengths: list[int]  # of the responses, by their tokens alone
+        self.mask: Tensor  # the same, (b, t)
+        self.read: PolicyOutput  # of all of them in one batch, by the pass that learns in eval mode
+        self.read_features: Tensor  # the critic's, (b, n)
+        self.scores: Tensor
+        self.largest_logit = 0.0
+
+    def tolerance(self) -> float:
+        """What a mean difference of log-probabilities may be, by the dtype in which logits are made."""
+        with self.trainer.accelerator.autocast():
+            dtype = product_dtype(self.model.palm.token_emb.weight)
+        rounded = torch.get_float32_matmul_precision() != "highest"  # float32 products of fewer digits
+        half = dtype in (torch.bfloat16, torch.float16) or rounded
+        eps = torch.finfo(torch.bfloat16 if rounded else dtype).eps
+        return max(HALF if half else FLOAT32, eps * self.largest_logit / 2)  # large logits are rounded as coarsely
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """As while observing: eval mode, no gradient, the trainer's autocast."""
+        self.model.eval()
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            yield
+
+    def forward(self, rollout: Rollout, rows: Rows | None = None) -> PolicyOutput:
+        """The pass that learns, in the modes of the caller."""
+        steps = rollout.logprobs.shape[1] if rows is None else rows.steps
+        count = None if rows is None else rows.num_tokens
+        with self.trainer.accelerator.autocast():
+            out: PolicyOutput = self.model(
+                rollout.sequences, rollout.prompt_lengths, steps, temperature=self.temperature,
+                lengths=rollout.lengths, num_tokens=count, entropy_grad=self.settings.entropy_coef != 0,
+            )  # fmt: skip
+        return out
+
+    def features(self, sequences: Tensor) -> Tensor:
+        """The critic's features read by a random head, (b, n): the values of a new one are 0 whatever it sees."""
+        direction = torch.randn(self.model.palm.dim, generator=torch.Generator().manual_seed(1))
+        hidden = self.model.critic.embed(self.model.palm, sequences).float()
+        return hidden @ direction.to(hidden) * self.model.palm.dim**-0.5
+
+    def alone(self, row: int) -> Rollout:
+        """One of the responses, without padding."""
+        return self.rollout.select(torch.tensor([row], device=self.device))
+
+    def microbatches(self) -> list[Rows]:
+        """The responses as a step of learning cuts them."""
+        spans = self.rollout.spans()
+        limits = {"max_rows": self.settings.max_batch_size, "max_tokens": self.settings.max_batch_tokens}
+        return list(row_batches(spans, range(len(spans)), device=self.device, **limits))
+
+
+def sampling(probe: Probe) -> Finding:
+    """Sample a few responses as training does, from train mode; all that follows looks at them."""
+    trainer, rows = probe.trainer, _some_prompts(probe)
+    ids, mask = trainer.prompts.select(rows)
+    longest = MAX_TOKENS if probe.max_new_tokens is None else min(MAX_TOKENS, probe.max_new_tokens)
+    # responses of unequal length, whatever the model says: the longer the prompt, the longer
+    budget = longest - torch.arange(len(ids)).flip(0) * max(1, longest // 5) % max(1, longest)
+    budget = budget.minimum(probe.max_seq_len - mask.sum(dim=-1))
+    probe.model.train()
+    trainer.actor_critic.train()
+    prompting = Prompting(
+        prompts=ids.to(probe.device), prompt_mask=mask.to(probe.device), prompt_rows=rows.to(probe.device),
+        max_new_tokens=budget.to(probe.device), temperature=probe.temperature, eos_token=probe.eos_token,
+    )  # fmt: skip
+    with trainer.accelerator.autocast():
+        rollout = collect_rollout(
+            trainer.actor_critic, prompting, generator=lambda _: probe.generator, version=trainer.updates,
+            max_batch_size=probe.settings.max_batch_size, max_batch_tokens=probe.settings.max_batch_tokens,
+        )  # fmt: skip
+    probe.rollout = rollout
+    starts = rollout.prompt_lengths.tolist()
+    texts = [row[start:] for row, start in zip(rollout.sequences.tolist(), starts, strict=True)]
+    probe.lengths = [
+        text[:most].index(probe.eos_token) + 1 if probe.eos_token in text[:most] else most
+        for text, most in zip(texts, budget.tolist(), strict=True)
+    ]
+    steps = torch.arange(rollout.logprobs.shape[1], device=probe.device)
+    probe.mask = steps < torch.tensor(probe.lengths, device=probe.device)[:, None]
+    return Finding("ok", f"{len(ids)} responses of {min(probe.lengths)} to {max(probe.lengths)} tokens")
+
+
+def _some_prompts(probe: Probe) -> Tensor:
+    """The shortest prompt, the longest, and some between, by number; again where there are few."""
+    prompts = probe.trainer.prompts
+    width = int(prompts.lengths.max()) + MAX_TOKENS
+    count = min(MAX_PROMPTS, max(MIN_PROMPTS, len(prompts)), probe.settings.max_batch_tokens // width)
+    count = max(2, count)  # all checks read them in one pass: no more of it than a step of learning may have
+    order = prompts.lengths.argsort(stable=True)
+    return order[torch.arange(count) * (len(prompts) - 1) // (count - 1)]

@@ -1,0 +1,56 @@
+"""What the processes of a run find out together; in a run of one process each answer is its own.
+
+By accelerate's collectives: every process must ask the same things in the same order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+class Ranks:
+    """Sums, largest values and errors over all processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.count, self.rank = accelerator.num_processes, accelerator.process_index
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, element by element, where the tensor is."""
+        if self.count == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+
+    def max(self, value: Tensor) -> Tensor:
+        """The largest of a scalar over ranks; of nan and a number, nan."""
+        return self.gather(value[None]).max()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors (b, ...) of all ranks, one after the other; all of one shape."""
+        if self.count == 1:
+            return tensor
+        return self.accelerator.gather(tensor.to(self.accelerator.device)).to(tensor.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on at least one rank."""
+        return bool(self.max(torch.tensor(float(flag))))
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank if one has an error, so that no rank waits for one that is gone.
+
+        Raises:
+            Exception: the rank's own error; where that has none, a RuntimeError that tells of the others'.
+        """
+        if self.count == 1:
+            if error is not None:
+                raise error
+            return
+        told: Sequence[str | None] = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+        if error is not None:
+            raise error
+        others = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
+        if others:
+            raise RuntimeError("another process stopped: " + "; ".join(others))
