@@ -120,6 +120,7 @@ class Learner:
                 other. The weights are as the last good step left them.
         """
         self.model.train()
+        self.accelerator.sync_gradients = True  # accelerate's state is one for all trainers of the process
         progress = progress or Progress()
         rows = lesson.counted.nonzero()[:, 0]
         share = max(self.minibatch_size // self.accelerator.num_processes, 1)

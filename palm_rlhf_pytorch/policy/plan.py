@@ -37,6 +37,7 @@ STEPS, WARM_STEPS = 20, 4  # decoding steps of a piece, enough that weights are 
 UPDATES = 64  # whose passes are counted; in a longer run they stand for the others
 ROUNDS, ENOUGH_SECONDS = 5, 0.5  # a piece is timed so often, less often once that has taken so long
 STEP_NUMBERS = 2**22  # trained numbers that the optimizer is timed on: 64 MiB of copies at most
+LARGE = 2**20  # bytes of a tensor from which memory in use is looked at: to ask takes longer than to make a small one
 RESPONSE_BYTES, PROMPT_BYTES = 24, 4  # of experience on disk, a token
 
 
@@ -118,14 +119,15 @@ def plan(
     texts = [Text(row, p, min(max_seq_len - p, room)) for row, p in enumerate(prompts.lengths.tolist())]
     order = copy.copy(prompts)  # which counts for itself what it hands out
     upcoming = [[texts[row] for row in order.next_rows(size).tolist()] for _ in range(min(updates, UPDATES))]
-    now, most = _memory(device)
+    before, most = _memory(device)
     with _left_as_found(trainer):
         pieces = _Pieces(trainer, texts, upcoming, temperature)
         phases = pieces.phases()
     after = _memory(device)[1]
     weights, moments, to_come = _models(trainer)
     # where the process was larger before, its size between operators must do
-    resident = max(now + max(phase.bytes for phase in phases), after if after > most else pieces.live.resident)
+    passing = max(phase.bytes for phase in phases)
+    resident = max(max(before, weights) + passing, after if after > most else pieces.live.resident)
     seconds = sum(phase.seconds for phase in phases)
     return Plan(
         phases=[Phase("models", weights + moments, 0.0), *phases],
@@ -325,7 +327,7 @@ class _Decoding(NamedTuple):
 class _LiveBytes(TorchDispatchMode):
     """Counts bytes of tensors made inside while they live: now, and at most since it was last entered.
 
-    Views and what is written in place are nothing new. `resident` is the most memory that was in use after an operator.
+    Views and what is written in place are nothing new. `resident` is the most memory in use after a large one was made.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -344,7 +346,6 @@ class _LiveBytes(TorchDispatchMode):
             for made in tree_leaves(out):
                 if isinstance(made, Tensor):
                     self._count(made)
-        self.resident = max(self.resident, _memory(self.device)[0])
         return out
 
     def _count(self, made: Tensor) -> None:
@@ -360,6 +361,8 @@ class _LiveBytes(TorchDispatchMode):
             self.alive[key] = weakref.ref(memory, freed)
             self.now += size
             self.most = max(self.most, self.now)
+            if size >= LARGE:
+                self.resident = max(self.resident, _memory(self.device)[0])
 
 
 @contextmanager
@@ -407,8 +410,10 @@ def _memory(device: torch.device) -> tuple[int, int]:
 def _device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    available = _kilobytes("/proc/meminfo").get("MemAvailable", 0)
-    return available + _memory(device)[0] if available else 0
+    free, limit = _kilobytes("/proc/meminfo").get("MemAvailable", 0), Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"  # of a container
+    here = free + _memory(device)[0] if free else 0
+    return min(here, int(allowed)) if allowed.isdigit() else here
 
 
 def _kilobytes(path: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from palm_rlhf_pytorch.policy.probe import Finding, Probe, listed
 
 
 def end_token(probe: Probe) -> Finding:
-    """EOS is an id of the vocabulary, is not what pads, and does not end the prompts already."""
+    """EOS is an id of the vocabulary, is not what pads, and does not end most prompts already."""
     eos, pad, num_tokens = probe.eos_token, probe.trainer.pad_token, probe.model.palm.num_tokens
     prompts = probe.trainer.prompts
     if eos is None:
@@ -26,7 +26,7 @@ def end_token(probe: Probe) -> Finding:
             " or say padding by prompt_mask or prompt_lengths in place of pad_value",
         )  # fmt: skip
     ended = int((prompts.ids.gather(1, prompts.lengths[:, None] - 1) == eos).sum())
-    if ended:
+    if 2 * ended > len(prompts):  # a few may be chance
         return Finding(
             "warn", f"{ended} of {len(prompts)} prompts end with it",
             "the policy would answer to texts that have ended: let the tokenizer encode prompts without its end token",

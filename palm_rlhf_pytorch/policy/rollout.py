@@ -58,8 +58,9 @@ class Rollout(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Rollout":
         """The same on a device; what is there already stays."""
-        fields: dict[str, Any] = self._asdict()
-        return self._replace(**{name: part.to(device) for name, part in fields.items() if isinstance(part, Tensor)})
+        parts = self._asdict().items()
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts if isinstance(part, Tensor)}
+        return self._replace(**moved)
 
     @property
     def response_mask(self) -> Tensor:

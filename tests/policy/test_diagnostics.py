@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from palm_rlhf_pytorch.policy.diagnostics import distinct_2, headline, rollout_metrics, timing_metrics
-from palm_rlhf_pytorch.policy.learning import make_targets
+from palm_rlhf_pytorch.policy.diagnostics import distinct_2, headline, survey, timing_metrics
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.tensors import identity
+from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.training.metrics import GLOSSARY
+from tests.policy.helpers import CPU, one_process
 
 # two responses: of 3 tokens (5 6 5), cut short; and of 1 token (7), ended
 ROLLOUT = Rollout(
@@ -22,17 +22,23 @@ ROLLOUT = Rollout(
     sampler_logprobs=torch.tensor([[-1.0, -0.5, -2.03], [-0.29, 0.0, 0.0]]),
     kl_exact=torch.tensor([[0.1, 0.2, 0.3], [0.8, 0.0, 0.0]]),
     ended=torch.tensor([False, True]),
+    prompt_rows=torch.tensor([4, 2]),
+    versions=torch.tensor([0, 0]),
     temperature=1.0,
     eos_token=7,
     scores=torch.tensor([10.0, 40.0]),
 )
 
 
-@pytest.fixture
-def metrics():
-    normalized = torch.tensor([1.0, -0.5])
-    targets = make_targets(ROLLOUT, normalized, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
-    return rollout_metrics(ROLLOUT, targets, normalized, kl_coef=0.05, gamma=1.0, reduce=identity)
+def survey_of(rollout, learnt, *, counted=None, version=0, max_tokens=9999):
+    counted = torch.ones_like(rollout.ended) if counted is None else counted
+    lesson = Lesson(rollout, learnt, counted, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, version=version)
+    return survey(lesson, rollout.scores, ranks=one_process(), max_tokens=max_tokens)
+
+
+@pytest.fixture(params=[9999, 1])  # read at once, or row by row
+def metrics(request):
+    return survey_of(ROLLOUT, torch.tensor([1.0, -0.5]), max_tokens=request.param).metrics
 
 
 def test_rollout_metrics_are_those_worked_by_hand(metrics):
@@ -53,6 +59,7 @@ def test_rollout_metrics_are_those_worked_by_hand(metrics):
         "reward/score": 25.0,
         "reward/score_std": 15.0,
         "reward/score_normalized": 0.25,
+        "reward/dropped": 0.0,
         "returns/mean": return_mean,
         "returns/var": sum((x - return_mean) ** 2 for x in returns) / 4,
         "advantages/mean": mean,
@@ -72,7 +79,7 @@ def test_rollout_metrics_are_those_worked_by_hand(metrics):
 
 
 def test_names_are_in_the_glossary(metrics):
-    timing = timing_metrics(ROLLOUT, 1.0, 2.0, reduce=identity)
+    timing = timing_metrics(4, 1.0, 2.0, ranks=one_process(), device=CPU)
     assert timing["perf/rollout_seconds"] == 1.0
     assert timing["perf/rollout_tokens_per_second"] == 4.0
     assert timing["perf/peak_memory_bytes"] > 50e6  # torch alone takes more
@@ -82,8 +89,7 @@ def test_names_are_in_the_glossary(metrics):
 
 def test_correlation_is_zero_where_scores_or_lengths_do_not_vary():
     alike = ROLLOUT._replace(scores=torch.tensor([10.0, 10.0]))
-    targets = make_targets(alike, alike.scores, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
-    found = rollout_metrics(alike, targets, alike.scores, kl_coef=0.05, gamma=1.0, reduce=identity)
+    found = survey_of(alike, alike.scores).metrics
     assert found["score/length_corr"] == 0.0
     assert all(math.isfinite(value) for value in found.values())
 

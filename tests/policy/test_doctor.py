@@ -78,6 +78,8 @@ CASES = [
         15,
         {"objective/kl": lambda at: min(2 ** (at / 5.1), 48)},
     ),
+    # a tenth of that: the oldest window is above 1 nat from update 13 to 17 on, 0.1457 * 2^(12 / 4) = 1.17
+    ("kl_exploding", {"objective/kl": lambda at: 0.1 * 2 ** (at / 4)}, 27, {"objective/kl": lambda at: 0.001 * at**2}),
     ("clip_fraction", {"policy/clipped_fraction": 0.31}, 3, {"policy/clipped_fraction": 0.3}),
     ("approx_kl", {"policy/approx_kl": 0.11}, 3, {"policy/approx_kl": 0.099}),
     ("explained_variance", {"value/explained_variance": -0.01}, 11, {"value/explained_variance": 0.0}),
@@ -148,14 +150,16 @@ def test_findings_give_the_numbers_and_name_a_setting():
         "policy/clipped_fraction": 0.45, "objective/kl": 80.0, "objective/kl_coef": 0.07, "response/eos_rate": 0,
     }  # fmt: skip
     doctor = Doctor(eos_token=True)
-    findings = [finding for record in trace(faults)[:3] for finding in doctor.examine(record)]
-    kl, clipped, eos = sorted(
-        findings, key=lambda finding: ("kl_exploding", "clip_fraction", "no_eos").index(finding[0])
-    )
+    findings = {found.rule: found for record in trace(faults)[:3] for found in doctor.examine(record)}
+    kl, clipped, eos = (findings.pop(rule) for rule in ("kl_exploding", "clip_fraction", "no_eos"))
+    assert findings == {}
     assert "80 nats" in kl.message and "kl_coef (now 0.07)" in kl.advice
     assert "45%" in clipped.message and "actor_lr" in clipped.advice
     assert "3 updates" in eos.message and "max_new_tokens" in eos.advice
-    assert all(str(found) == f"{found.message}. Try: {found.advice}." for found in findings)
+    assert str(eos) == f"{eos.message}. Try: {eos.advice}."
+    doctor, ended_once = Doctor(eos_token=True), trace({"response/eos_rate": after(0.3, 0)})
+    (eos,) = (found for record in ended_once[:24] for found in doctor.examine(record))
+    assert "some did at first" in eos.message and "missing_eos_penalty" in eos.advice
 
 
 @pytest.mark.parametrize(

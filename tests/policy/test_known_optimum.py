@@ -11,7 +11,7 @@ import torch
 from palm_rlhf_pytorch.objectives.advantage import ShapedRewards
 from palm_rlhf_pytorch.objectives.policy_gradient import kl_k2, kl_k3
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy import learning
+from palm_rlhf_pytorch.policy import targets
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 
 CONTEXTS, NUM_ACTIONS, BATCH, NUM_ROLLOUTS = torch.tensor([[0], [1]]), 6, 256, 100
@@ -54,7 +54,7 @@ def test_another_estimator_in_the_reward_misses_the_optimum(estimator, monkeypat
         kl = estimator(logprobs, ref_logprobs)
         return ShapedRewards(scores[:, None] - kl_coef * kl, kl)
 
-    monkeypatch.setattr(learning, "shaped_rewards", shaped)
+    monkeypatch.setattr(targets, "shaped_rewards", shaped)
     _, after = distances(lora=False, kl_coef=1.0)
     assert after > 0.1
 

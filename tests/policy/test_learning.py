@@ -7,10 +7,13 @@ import torch
 from accelerate import Accelerator
 
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.learning import Learner, Targets, make_targets
-from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout
+from palm_rlhf_pytorch.policy.diagnostics import survey
+from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
 from palm_rlhf_pytorch.policy.settings import PPOSettings
-from palm_rlhf_pytorch.tensors import identity, pad_ragged
+from palm_rlhf_pytorch.policy.targets import Lesson, Targets
+from palm_rlhf_pytorch.tensors import pad_ragged
+from tests.policy.helpers import GivenLesson, every_row, one_process, seeded_by
 
 PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [3, 2], [3, 8, 4], [6])]
 
@@ -24,69 +27,27 @@ def experience(actor_critic, *, budget=5, seed=0):
     """A rollout of ragged prompts and responses, and targets that differ from token to token."""
     prompts, mask = pad_ragged(PROMPTS)
     generator = torch.Generator().manual_seed(seed)
+    prompting = Prompting(prompts, mask, torch.arange(8), torch.arange(8) % budget + 1, 1.0, 7)
     rollout = collect_rollout(
-        actor_critic, prompts, mask, max_new_tokens=torch.arange(8) % budget + 1, temperature=1.0, eos_token=7,
-        generator=generator, max_batch_size=8, max_batch_tokens=9999,
-    )  # fmt: skip
-    scores = torch.randn(8, generator=generator)
-    return rollout, make_targets(rollout, scores, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
+        actor_critic, prompting, generator=lambda _: generator, version=0, max_batch_size=8, max_batch_tokens=9999
+    )
+    return rollout, whitened_targets(rollout, torch.randn(8, generator=generator))
+
+
+def whitened_targets(rollout, scores):
+    counted = torch.ones_like(rollout.ended)
+    lesson = Lesson(rollout, scores, counted, kl_coef=0.05, gamma=1.0, gae_lambda=0.95)
+    lesson.whitening = survey(lesson, scores, ranks=one_process(), max_tokens=9999).advantages
+    return lesson.read(every_row(rollout))[1]
 
 
 def update(learner, rollout, targets, seed=0):
-    return learner.update(rollout, targets, generator=torch.Generator().manual_seed(seed))
+    return learner.update(GivenLesson(rollout, targets), random=seeded_by(seed))
 
 
 def weights(actor_critic):
     trained = actor_critic.actor_parameters() | actor_critic.critic_parameters()
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
-
-
-def hand_made_rollout(logprobs, ref_logprobs, values, mask):
-    rows, steps = mask.shape
-    return Rollout(
-        torch.zeros(rows, steps + 1, dtype=torch.int), torch.ones(rows, dtype=torch.long), mask.sum(-1), logprobs,
-        ref_logprobs, values, logprobs, torch.zeros_like(logprobs), torch.ones(rows, dtype=torch.bool), 1.0, None,
-    )  # fmt: skip
-
-
-def test_targets_are_those_worked_by_hand():
-    mask = torch.tensor([[True, True, True, False]])
-    rollout = hand_made_rollout(
-        torch.tensor([[-1.0, -0.5, -2.0, 9.0]], dtype=torch.float64),
-        torch.tensor([[-1.2, -0.4, -1.5, 1.0]], dtype=torch.float64),
-        torch.tensor([[0.3, 0.4, 0.6, 5.0]], dtype=torch.float64), mask,
-    )  # fmt: skip
-    scores = torch.tensor([1.0], dtype=torch.float64)
-    targets = make_targets(rollout, scores, kl_coef=0.05, gamma=1.0, gae_lambda=0.95, reduce=identity)
-    expected = {
-        "rewards": [-0.01, 0.005, 1.025, 0.0],
-        "kl": [0.2, -0.1, -0.5, 0.0],
-        "returns": [0.9683125, 1.00875, 1.025, 0.0],
-        "advantages": [0.974924383, 0.399747162, -1.374671545, 0.0],
-    }
-    for name, numbers in expected.items():
-        found = getattr(targets, name)[0].double()
-        torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), atol=1e-7, rtol=0)
-
-
-def test_targets_carry_no_gradient_and_feel_the_kl_token_by_token():
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    logprobs = torch.full((2, 3), -1.0, requires_grad=True)
-    ref_logprobs = torch.full((2, 3), -1.0)
-    shifted = ref_logprobs.clone()
-    shifted[0, 1] = -3.0
-    values = torch.zeros(2, 3, requires_grad=True)
-    plain, priced = (
-        make_targets(
-            hand_made_rollout(logprobs, ref, values, mask), torch.tensor([1.0, 0.0]), kl_coef=0.5, gamma=1.0,
-            gae_lambda=1.0, reduce=identity,
-        )
-        for ref in (ref_logprobs, shifted)
-    )  # fmt: skip
-    assert not any(tensor.requires_grad for tensor in priced)
-    assert priced.rewards[0, 1] == -1.0
-    assert priced.returns.tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    assert plain.returns.tolist() == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
 
 
 def test_whitening_is_over_the_rollout_so_that_a_minibatch_of_one_still_learns(make_palm, move):
@@ -157,8 +118,8 @@ def test_lengths_are_asked_for_once_an_update(make_palm, move, monkeypatch):
     monkeypatch.setattr(Rollout, "spans", lambda self: asked.append("spans") or spans(self))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(tuple(self.shape)) or item(self))
     update(make_learner(actor_critic, max_batch_size=2, epochs=3, minibatch_size=4), rollout, targets)
-    # the spans, the order of each minibatch (which is the host's own), and the figures of the whole update
-    assert asked[:-1] == ["spans", (2, 8)] + [(4,)] * 6 and len(asked[-1]) == 1
+    # the spans, the order of each epoch (which is the host's own), and the figures of the whole update
+    assert asked[:-1] == ["spans", (2, 8)] + [(8,)] * 3 and len(asked[-1]) == 1
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -322,11 +283,13 @@ def test_gradient_that_is_not_finite_changes_no_weight(make_palm, move):
     before = weights(actor_critic)
     learner = make_learner(actor_critic)
     broken = targets._replace(returns=targets.returns + float("inf"))
-    with pytest.raises(FloatingPointError, match=r"optimizer step 1\b"):
-        update(learner, rollout, broken)
+    metrics = update(learner, rollout, broken)
+    assert metrics["policy/skipped_steps"] == 1 and "policy/loss" not in metrics
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(actor_critic).items())
+    assert not learner.optimizer.state and learner.steps == 0
     update(learner, rollout, targets)  # and nothing of it is left behind
     assert all(bool(tensor.isfinite().all()) for tensor in weights(actor_critic).values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(actor_critic).items())
 
 
 def test_dropout_while_learning_follows_the_generator_and_leaves_global_state(make_palm, move):

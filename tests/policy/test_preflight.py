@@ -83,7 +83,7 @@ def end_token_outside_the_vocabulary(build, patch):
 
 
 def prompts_that_have_ended(build, patch):
-    return build(), {"eos_token": 9}
+    return build(prompt_token_ids=[torch.tensor(ids) for ids in ([3, 9], [9], [2, 5])]), {"eos_token": 9}
 
 
 def too_little_memory(build, patch):
@@ -207,7 +207,7 @@ def other_numbers_recorded(build, patch):
 
     def other(*args, **options):
         found = real(*args, **options)
-        return found._replace(logprobs=found.logprobs + 0.01)
+        return found._replace(logprobs=found.logprobs + 2e-4)
 
     patch.setattr(hats, "compared_logprobs", other)
     return build(), {}
@@ -391,10 +391,10 @@ def test_everything_is_left_as_it_was(build, move):
 
 
 def test_table_is_narrow_and_names_what_to_do(build):
-    report = preflight(build(reward_model=judging(refusing)(build, None)[0].reward_model), max_seq_len=40, eos_token=9)
+    report = preflight(build(reward_model=judging(refusing)(build, None)[0].reward_model), max_seq_len=40)
     table = report.table().splitlines()
     assert max(map(len, table)) <= 110
-    assert "1 failed, 1 to look at" in table[0]
+    assert "1 failed, 0 to look at" in table[0]
     rows = {check.name: next(line for line in table if f"  {check.name}  " in line) for check in report.checks}
     assert rows["judge's scores"].split()[0] == "fail" and rows["judge repeats"].endswith('after "judge\'s scores"')
     assert len({row.index(check.found[:9]) for check, row in zip(report.checks, rows.values(), strict=True)}) == 1

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.arguments import check_rollout_arguments, check_train_arguments
 from palm_rlhf_pytorch.policy.prompts import prompts_from
-from palm_rlhf_pytorch.policy.settings import PPOSettings, check_rollout_arguments, check_train_arguments
+from palm_rlhf_pytorch.policy.settings import PPOSettings
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,9 @@ from palm_rlhf_pytorch.policy.settings import PPOSettings, check_rollout_argumen
         ("value_clip", 0.0), ("gamma", 1.1), ("gae_lambda", -0.1), ("kl_coef", -0.05), ("kl_horizon", 0),
         ("target_kl_nats_per_response", 0.0), ("missing_eos_penalty", -1.0), ("missing_eos_score", math.nan),
         ("entropy_coef", math.inf), ("epochs", 0), ("minibatch_size", 0), ("max_batch_size", -3),
-        ("max_batch_tokens", 0),
+        ("max_batch_tokens", 0), ("max_dropped", 1.5), ("max_dropped", -0.1), ("max_skipped_steps", 0),
+        ("judge_timeout", 0.0), ("max_staleness", -1), ("importance_cap", 0.0), ("keep_experience", 0),
+        ("save_every", 0), ("save_every_steps", 0), ("keep_last", 0), ("keep_best", "reward/scor"),
     ],
 )  # fmt: skip
 def test_setting_out_of_range_is_named(name, value):

@@ -8,11 +8,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from palm_rlhf_pytorch.policy import ppo
+from palm_rlhf_pytorch.policy import trainer as trainers
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.learning import Learner, Targets
+from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.targets import Targets
 from palm_rlhf_pytorch.reward.model import RewardModel
+from tests.policy.helpers import GivenLesson, seeded_by
 
 
 def held(*modules: nn.Module) -> int:
@@ -32,7 +35,7 @@ def test_palm_judge_and_trainer_hold_the_base_weights_once(make_trainer, make_pa
 def test_trainer_moves_judge_and_trunk_together(make_palm, monkeypatch):
     palm = make_palm()
     moved = []
-    monkeypatch.setattr(ppo, "move_together", lambda *modules, device: moved.append((modules, device)))
+    monkeypatch.setattr(trainers, "move_together", lambda *modules, device: moved.append((modules, device)))
     judge = RewardModel(palm)
     trainer = ppo.RLHFTrainer(palm=palm, reward_model=judge, prompt_token_ids=torch.tensor([[1, 2]]))
     (((trunk, found), device),) = moved
@@ -76,7 +79,7 @@ def one_token(actor_critic: ActorCritic) -> Rollout:
     return Rollout(
         sequences=sequences, prompt_lengths=lengths, lengths=lengths, logprobs=seen.logprobs,
         ref_logprobs=seen.ref_logprobs, values=seen.values, sampler_logprobs=seen.logprobs, kl_exact=seen.kl_exact,
-        ended=lengths == 1, temperature=1.0, eos_token=None,
+        ended=lengths == 1, prompt_rows=lengths, versions=lengths, temperature=1.0, eos_token=None,
     )  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def losses(actor_critic: ActorCritic, *, ratio: float, moved: float, advantage: 
     targets = Targets(zeros, zeros, zeros + advantage, rollout.values + gain)
     arguments = PPOSettings(actor_lr=0.0, critic_lr=0.0, epochs=1, **settings).learner_arguments()
     learner = Learner(actor_critic, Accelerator(cpu=True), **arguments)
-    return learner.update(old, targets, generator=torch.Generator().manual_seed(0))
+    return learner.update(GivenLesson(old, targets), random=seeded_by(0))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,8 @@ def test_gamma_and_lambda_of_the_settings_reach_the_targets(make_trainer):
         rollout = Rollout(
             sequences=sequences, prompt_lengths=torch.tensor([1]), lengths=torch.tensor([2]), logprobs=zeros,
             ref_logprobs=zeros, values=torch.tensor([[1.0, 3.0]]), sampler_logprobs=zeros, kl_exact=zeros,
-            ended=torch.tensor([True]), temperature=1.0, eos_token=None, scores=torch.tensor([8.0]),
+            ended=torch.tensor([True]), prompt_rows=torch.tensor([0]), versions=torch.tensor([0]), temperature=1.0,
+            eos_token=None, scores=torch.tensor([8.0]),
         )  # fmt: skip
         metrics = trainer.learn(rollout)
         assert metrics["returns/mean"] == pytest.approx(sum(expected) / 2)
