@@ -25,11 +25,11 @@ from palm_rlhf_pytorch.policy.preflight import PreflightError, Report
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
 from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts, row_batches
 from palm_rlhf_pytorch.policy.run import Flight
-from palm_rlhf_pytorch.policy.stopping import Stopped, StopSignal
 from palm_rlhf_pytorch.policy.trainer_state import KIND, Trainer, restore_state, state_of
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
+from palm_rlhf_pytorch.training.stopping import Stopped, StopSignal
 
 
 class Trainable(Trainer, Protocol):

@@ -7,13 +7,11 @@ is not taken up over another model.
 """
 
 import hashlib
-import random
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -31,6 +29,7 @@ from palm_rlhf_pytorch.policy.run import Flight, Run
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
+from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.tensor_file import check_state
 
@@ -95,7 +94,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "call": None if trainer.call is None else asdict(trainer.call),
         "flight": None if flight is None else _flight_state(flight),
-        "random": gather_object([_random_states()]),
+        "random": gather_object([random_states()]),
     }
     kept = trainer.run.kept(trainer.updates, trainer.settings.max_staleness) if trainer.settings.max_staleness else []
     files = [path for file in kept for path in file.files()] + ([] if flight is None else flight.files)
@@ -124,7 +123,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if values["processes"] != trainer.ranks.count:
         warnings.warn(
             f"{path} was written by {values['processes']} processes, this run has {trainer.ranks.count}: it goes on,"
-            " but not to the same bits; the update that was in hand, if any, begins anew from the weights it had reached",
+            " but not to the same bits; the update that was in hand, if any, begins anew from where the weights are",
             stacklevel=4,
         )
         flight = None
@@ -149,7 +148,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.run.take_files(checkpoint)
     trainer.flight = None if flight is None else _restored_flight(trainer, flight)
     if values["processes"] == trainer.ranks.count:
-        _set_random_states(values["random"][trainer.ranks.rank])
+        set_random_states(values["random"][trainer.ranks.rank])
 
 
 def _flight_state(flight: Flight) -> dict[str, Any]:
@@ -220,36 +219,6 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
 
 def _put(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(_like(parameter, value))
-
-
-# global random states
-
-
-def _random_states() -> dict[str, Any]:
-    """Of this process: Python's, NumPy's, torch's on the CPU and on its CUDA devices; JSON-able."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": bytes(torch.get_rng_state().numpy()).hex(),
-        "cuda": [bytes(state.numpy()).hex() for state in cuda],
-    }
-
-
-def _set_random_states(kept: dict[str, Any]) -> None:
-    version, internal, gauss = kept["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = kept["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_bytes(kept["torch"]))
-    if kept["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(kept["cuda"]):
-        torch.cuda.set_rng_state_all([_bytes(state) for state in kept["cuda"]])
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 # what must be the same

@@ -82,7 +82,8 @@ def save_checkpoint(
         values: None, bool, int, float (to the bit, nan and infinities too), str, and lists and dicts of them.
         tensors: by group and name, any device and dtype; the groups' names are plain identifiers.
         files: more files by the name they get, which no other process may use. They are linked where the file
-            system can, else copied: replace or remove the originals afterwards, never write to them.
+            system can, else copied: replace or remove the originals afterwards, never write to them. A file linked
+            from several checkpoints is one file: damage to it is damage to all of them.
         metrics: numbers by which `Checkpoints` may tell the best.
         accelerator: of a run of several processes.
 

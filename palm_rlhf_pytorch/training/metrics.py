@@ -62,7 +62,7 @@ GLOSSARY: dict[str, str] = {
     "score/length_corr": "Pearson correlation of raw score and response length over responses, -1 to 1",
     "rollout/sampler_logprob_diff_mean": "mean over tokens of |sampler's logprob - training path's logprob|, nats",
     "rollout/sampler_logprob_diff_max": "largest such difference, nats",
-    "rollout/distinct_2": "different pairs of neighbouring tokens over pairs, of the first 65,536 in the responses, 0 to 1",
+    "rollout/distinct_2": "different pairs of neighbouring tokens over pairs, of the first 65,536 pairs, 0 to 1",
     "perf/rollout_seconds": "seconds spent sampling and scoring",
     "perf/learn_seconds": "seconds spent in optimizer steps",
     "perf/tokens_per_second": "response tokens sampled and learnt from, per second of both",

@@ -321,7 +321,7 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from palm_rlhf_pytorch.training.checkpoint import Checkpoints
+from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 
 folder = sys.argv[1]
 generator = random.Random(0)
@@ -370,7 +370,10 @@ def killed(number, step, content):
     return said, os.WIFSIGNALED(status)
 
 def check(low, high):
-    found = Checkpoints(folder, keep_last=1).latest(kind="test")
+    checkpoints = Checkpoints(folder, keep_last=1)
+    for step in checkpoints.steps():
+        load_checkpoint(checkpoints.folder / f"step-{step:08d}", kind="test")
+    found = checkpoints.latest(kind="test")
     content = found.values["content"]
     assert found.tensors["model"]["weight"].tolist() == [content] * 7
     assert low <= content <= high, (low, content, high)
