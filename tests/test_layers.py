@@ -24,7 +24,7 @@ TREE = [
         1,
         "training",
         "optimizer atomic tensor_file manifest folder tensor_stream checkpoint metrics ranks stopping "
-        "random_states plots supervised",
+        "random_states saves plots supervised",
     ),
     (
         2,
@@ -36,7 +36,8 @@ TREE = [
         4,
         "policy",
         "prompts settings arguments actor_critic rollout targets scores answers records experience learning "
-        "diagnostics doctor run probe premises identities judge_checks preflight plan trainer_state loop trainer ppo grpo dpo",
+        "diagnostics doctor run probe premises identities judge_checks preflight plan trainer_state loop trainer ppo "
+        "grpo dpo",
     ),
     (5, "cli", "device generate pretrain ppo check plan demo_text demo_report demo_pairs demo main"),
     (5, "", "ppo"),

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.datasets import TokenStream, read_texts
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
+from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.saves import Saves
 from palm_rlhf_pytorch.training.supervised import fit
 
 PROMPT_BYTES = 32
@@ -43,6 +46,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the windows and the sample")
     parser.add_argument("--held-out", type=float, default=0.05, help="share of each file that is not trained on")
+    parser.add_argument("--save-every", type=int, default=100, metavar="N", help="steps between two checkpoints")
+    parser.add_argument(
+        "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
+    )
     add_device_argument(parser)
     parser.set_defaults(run=run)
 
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} is empty: leave it out")
     train, held_out = held_out_tails(texts, args.held_out)
     stream = TokenStream(train, length=args.length, batch_size=args.batch_size, seed=args.seed)
-    metrics = _metrics_beside(args.out)
+    metrics, saves = _files_beside(args)
     palm = _new_palm(args).to(device)
     num_parameters = sum(parameter.numel() for parameter in palm.parameters())
     print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {num_parameters:,} parameters on {device}")
@@ -84,8 +91,13 @@ def run(args: argparse.Namespace) -> int:
         eval_every=max(EVAL_EVERY, args.steps // NUM_EVALUATIONS),
         metrics=metrics,
         description="pretrain",
+        saves=saves,
     )
+    if saves.stopped is not None:
+        print(f"stopped by {saves.stopped}, with all state saved: the same command with --resume goes on")
+        return 0
     palm.save(args.out)
+    shutil.rmtree(saves.checkpoints.folder)
     print(f"held-out bits per byte after: {final['eval/bits_per_byte']:.3f}")
     prompt = ByteTokenizer().decode(held_out[:PROMPT_BYTES])
     sample = sample_texts(palm, prompt, max_new_tokens=SAMPLE_BYTES, seed=args.seed)[0]
@@ -94,12 +106,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _metrics_beside(out: Path) -> MetricsLog:
-    """The metrics file of the checkpoint, empty, its folder made; a wrong path is refused here, before the work."""
-    check_target(out)
-    path = metrics_path(out)
-    path.unlink(missing_ok=True)  # of an earlier run that wrote the same checkpoint
-    return MetricsLog(path)
+def _files_beside(args: argparse.Namespace) -> tuple[MetricsLog, Saves]:
+    """Metrics and checkpoints of the run, their folder made; a wrong path is refused here, before the work."""
+    check_target(args.out)
+    resume, path, folder = hasattr(args, "resume"), metrics_path(args.out), args.out.with_name(f"{args.out.stem}.run")
+    if args.save_every < 1:
+        raise ValueError(f"--save-every {args.save_every}: must be at least 1")
+    checkpoints = Checkpoints(folder, keep_last=1)
+    if checkpoints.steps() and not resume:
+        raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
+    if not resume:
+        path.unlink(missing_ok=True)  # of an earlier run that wrote the same checkpoint
+    return MetricsLog(path), Saves(checkpoints, every=args.save_every, resume=resume)
 
 
 def metrics_path(out: Path) -> Path:

@@ -35,7 +35,7 @@ from palm_rlhf_pytorch.policy.records import (
 )
 from palm_rlhf_pytorch.policy.rollout import Rollout, Rows, row_batches
 from palm_rlhf_pytorch.policy.scores import Judge, judge_source
-from palm_rlhf_pytorch.training.atomic import check_target, replacing, separate
+from palm_rlhf_pytorch.training.atomic import check_target, replacing
 
 GATHERED = 1 << 20  # bytes that are handed to the disk together
 
@@ -103,7 +103,6 @@ class RolloutFile:
                 f"rollout has temperature {rollout.temperature} and eos_token {rollout.eos_token}, {self.path} has"
                 f" {self.temperature} and {self.eos_token}; append it to another file"
             )
-        separate(self.path)  # a checkpoint may hold the same file: what it promised must not grow
         before = self._scores if len(self) else np.zeros(0, np.float32)
         self._index, self._scores = np.concatenate((self._index, self._write(arrays))), None
         if before is not None and rollout.scores is not None and len(self):

@@ -7,7 +7,6 @@
 Knows no model.
 """
 
-import os
 import shutil
 import tempfile
 import weakref
@@ -118,11 +117,7 @@ class Run:
         held: Mapping[str, Path] = {} if checkpoint is None else checkpoint.files
         for name, source in held.items():
             if f".rank-{self.ranks.rank}." in name:
-                target = self.experience_folder / name
-                try:
-                    os.link(source, target)  # RolloutFile makes a copy before it changes what has two names
-                except OSError:
-                    shutil.copyfile(source, target)
+                shutil.copyfile(source, self.experience_folder / name)
 
     def _own(self) -> list[Path]:
         mark = f".rank-{self.ranks.rank}."

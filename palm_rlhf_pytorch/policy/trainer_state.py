@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -94,7 +93,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "call": None if trainer.call is None else asdict(trainer.call),
         "flight": None if flight is None else _flight_state(flight),
-        "random": gather_object([random_states()]),
+        "random": trainer.ranks.gather_values(random_states()),
     }
     kept = trainer.run.kept(trainer.updates, trainer.settings.max_staleness) if trainer.settings.max_staleness else []
     files = [path for file in kept for path in file.files()] + ([] if flight is None else flight.files)

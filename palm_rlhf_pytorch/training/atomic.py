@@ -6,7 +6,6 @@ Knows nothing of what is written.
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,13 +58,6 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         raise OSError(cause.errno, reason, str(path)) from error
     finally:
         os.close(folder)
-
-
-def separate(path: Path) -> None:
-    """Put a copy in the place of a file that has another name too, so that a change to it is not one to the other."""
-    if path.stat().st_nlink > 1:
-        with path.open("rb") as source, replacing(path) as copy:
-            shutil.copyfileobj(source, copy)
 
 
 def check_target(path: Path) -> None:

@@ -98,21 +98,17 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Stored:
 
 
 def attach_file(source: Path, target: Path) -> Stored:
-    """Give a file a second name, or copy it where the file system cannot, and see it to the disk.
+    """Copy a file, and see it to the disk; a second name would be cheaper, but share every damage.
 
     Raises:
         OSError: if the disk refuses, or the file grows meanwhile.
     """
-    source = source.resolve()  # a link to a link would be refused on reading
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+    shutil.copyfile(source, target)
     with target.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
         os.fsync(file.fileno())
-        if size != os.fstat(file.fileno()).st_size:
+        if size != source.stat().st_size:
             raise OSError(errno.EBUSY, "the file is still being written", str(source))
     return Stored(size, digest)
 

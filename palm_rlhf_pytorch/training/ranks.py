@@ -4,6 +4,7 @@ By accelerate's collectives: every process must ask the same things in the same 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,11 +13,18 @@ from torch import Tensor
 
 
 class Ranks:
-    """Sums, largest values and errors over all processes."""
+    """Sums, largest values and errors over all processes; without an accelerator there is one."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.count, self.rank = accelerator.num_processes, accelerator.process_index
+    def __init__(self, accelerator: Accelerator | None) -> None:
+        self._accelerator = accelerator
+        self.count = 1 if accelerator is None else accelerator.num_processes
+        self.rank = 0 if accelerator is None else accelerator.process_index
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """What the processes talk by."""
+        assert self._accelerator is not None, "one process alone has no one to talk to"
+        return self._accelerator
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, element by element, where the tensor is."""
@@ -34,6 +42,10 @@ class Ranks:
             return tensor
         return self.accelerator.gather(tensor.to(self.accelerator.device)).to(tensor.device)
 
+    def gather_values(self, value: Any) -> list[Any]:
+        """A plain value of each rank."""
+        return [value] if self.count == 1 else gather_object([value])
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on at least one rank."""
         return bool(self.max(torch.tensor(float(flag))))
@@ -48,7 +60,7 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        told: Sequence[str | None] = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+        told: Sequence[str | None] = self.gather_values(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         others = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups, scale_learning_rates, warmup_cosine
+from palm_rlhf_pytorch.training.saves import Keeper, Saves
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -39,6 +40,7 @@ def fit(
     progress: bool = True,
     description: str = "train",
     parameters: Iterable[nn.Parameter] | None = None,
+    saves: Saves | None = None,
 ) -> dict[str, float]:
     """Train with AdamW on `loss = model(**batch)`, the learning rate warming up, then falling to 10 % along a cosine.
 
@@ -63,6 +65,9 @@ def fit(
         progress: show a bar on stderr (main process only).
         description: its label.
         parameters: what to train; None: all that require a gradient.
+        saves: where checkpoints go, and whether to go on from the newest: then `batches` must give what they gave
+            before, and those that were learnt from are passed over. With it, SIGTERM and Ctrl-C end the call after the
+            step in hand, saved.
 
     Returns:
         The metrics of the last step and the last evaluation.
@@ -78,12 +83,16 @@ def fit(
         model.to(accelerator.device)
     source = iter(batches)
     latest: dict[str, float] = {}
+    plan = {"num_steps": num_steps, "accumulate": accumulate, "lr": lr, "warmup_steps": warmup_steps}
     with (
         _training(model, parameters) as trained,
         _prepared(model, trained, lr, weight_decay, accelerator) as (run, optimizer),
+        Keeper(saves, model, trained, optimizer, accelerator, plan) as keeper,
         tqdm(total=num_steps, desc=description, unit="step", disable=not (progress and _is_main(accelerator))) as bar,
     ):
-        for step in range(1, num_steps + 1):
+        done = keeper.resumed(source, metrics)
+        bar.update(done)
+        for step in range(done + 1, num_steps + 1):
             started, place = time.perf_counter(), f"step {step} of {num_steps}"
             factor = warmup_cosine(step, num_steps, warmup_steps=warmup_steps)
             scale_learning_rates(optimizer, factor)
@@ -101,6 +110,8 @@ def fit(
             latest |= line
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
+            if keeper.ended(step, line):
+                break
     return latest
 
 

@@ -1,7 +1,10 @@
 """`palm-rlhf pretrain` on small texts."""
 
+import itertools
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -119,3 +122,27 @@ def test_bits_per_byte_keeps_the_mode_and_takes_short_texts():
     assert palm.training
     with pytest.raises(ValueError, match=r"\(1\)"):
         bits_per_byte(palm, torch.tensor([1]), length=100)
+
+
+def test_pretrain_stopped_by_a_signal_goes_on_to_the_same_weights(text, tmp_path, capsys, monkeypatch):
+    argv = ["--steps", "7", "--save-every", "2", "--device", "cpu", *TINY]
+    assert main(["pretrain", text, "--out", str(tmp_path / "alone.pt"), *argv]) == 0
+    calls, forward = itertools.count(1), PaLM.forward
+
+    def told(self, *args, **options):
+        if options.get("return_loss") and self.training and next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **options)
+
+    out = tmp_path / "told.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(PaLM, "forward", told)
+        assert main(["pretrain", text, "--out", str(out), *argv]) == 0
+    assert "stopped by SIGINT" in capsys.readouterr().out and not out.exists()
+    assert main(["pretrain", text, "--out", str(out), *argv]) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert main(["pretrain", text, "--out", str(out), *argv, "--resume"]) == 0
+    first, second = (PaLM.from_checkpoint(tmp_path / name).state_dict() for name in ("alone.pt", "told.pt"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len((tmp_path / "told.metrics.jsonl").read_text().splitlines()) == 7
+    assert not (tmp_path / "told.run").exists()

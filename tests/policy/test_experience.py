@@ -371,13 +371,3 @@ def test_lines_for_people(tmp_path: Path) -> None:
     source.to_jsonl(tmp_path / "lines.jsonl", None)
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert lines[1]["prompt"] == [*b"hi"] and lines[1]["response"] == [33, 226, 128]
-
-
-def test_a_file_that_has_another_name_is_copied_before_it_grows(tmp_path: Path) -> None:
-    file, first = filled(tmp_path / "rollouts", make_rollout(SPANS[:2])), make_rollout(SPANS[:2])
-    os.link(file.path, tmp_path / "linked")
-    before = (tmp_path / "linked").read_bytes()
-    file.append(make_rollout(SPANS[3:5], seed=1))
-    assert (tmp_path / "linked").read_bytes() == before and len(RolloutFile(tmp_path / "linked")) == 2
-    assert len(RolloutFile(file.path)) == 4
-    assert_same(file.select(torch.arange(2)), first)
