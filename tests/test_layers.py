@@ -35,7 +35,7 @@ TREE = [
     (
         4,
         "policy",
-        "prompts settings arguments actor_critic rollout targets scores answers records experience learning "
+        "prompts settings arguments actor_critic sharding rollout targets scores answers records experience learning "
         "diagnostics doctor run probe premises identities judge_checks preflight plan trainer_state loop trainer ppo "
         "grpo dpo",
     ),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.rollout import Rows, row_batches
+from palm_rlhf_pytorch.policy.sharding import Sharding, asks_for_sharding, gathering_gradients, whole_tensor
 from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -82,13 +83,18 @@ class Learner:
         max_skipped_steps: int = 3,
     ) -> None:
         self.accelerator, self.ranks = accelerator, Ranks(accelerator)
-        self.actor, self.critic = actor_critic.actor_parameters(), actor_critic.critic_parameters()
+        self.sharding = Sharding(actor_critic, accelerator) if asks_for_sharding(accelerator) else None
+        learnt = actor_critic if self.sharding is None else self.sharding.model
+        self.actor, self.critic = learnt.actor_parameters(), learnt.critic_parameters()
         groups = parameter_groups(self.actor.items(), lr=actor_lr, weight_decay=actor_wd)
         self.actor_groups = len(groups)  # they come first; the rest is the critic's
         groups += parameter_groups(self.critic.items(), lr=critic_lr, weight_decay=critic_wd)
         optimizer = adamw(groups, lr=actor_lr, betas=betas, eps=adam_eps)
-        self.model: nn.Module
-        self.model, self.optimizer = accelerator.prepare(actor_critic, optimizer)
+        self.model: nn.Module = learnt
+        if self.sharding is None:
+            self.model, self.optimizer = accelerator.prepare(learnt, optimizer)
+        else:  # wrapped already; `prepare` would tell the optimizer's tensors by their memory: empty shards have none
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.max_norm, self.eps_clip, self.dual_clip, self.value_clip = max_norm, eps_clip, dual_clip, value_clip
         self.entropy_coef, self.epochs = entropy_coef, epochs
         self.minibatch_size = minibatch_size
@@ -138,6 +144,31 @@ class Learner:
             progress.epoch, progress.minibatch = epoch + 1, 0
         return self._summary(progress)
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block nothing is sharded, for whatever is not learning; every process must enter it.
+
+        The ActorCritic has its weights, and what the learner is seen to hold are those. They are not to be changed.
+        """
+        if self.sharding is None:
+            yield
+            return
+        kept, groups = (self.model, self.actor, self.critic), self.optimizer.param_groups
+        held = [group["params"] for group in groups]
+        plain = dict(self.sharding.plain.named_parameters())
+        seen = {id(weight): plain[name] for name, weight in (self.actor | self.critic).items()}
+        with self.sharding.whole():
+            try:
+                self.model = self.sharding.plain
+                self.actor, self.critic = ({name: plain[name] for name in hat} for hat in kept[1:])
+                for group, weights in zip(groups, held, strict=True):
+                    group["params"] = [seen[id(weight)] for weight in weights]
+                yield
+            finally:
+                self.model, self.actor, self.critic = kept
+                for group, weights in zip(groups, held, strict=True):
+                    group["params"] = weights
+
     def _summary(self, progress: Progress) -> dict[str, float]:
         """The diagnostics of an update."""
         lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -159,22 +190,30 @@ class Learner:
         own_tokens = float(sum(lesson.spans[row][1] for row in rows))
         num_tokens = self.ranks.sum(torch.tensor(own_tokens, device=self._device)).clamp(min=1)
         totals: dict[str, Tensor] = {}
-        # a rank whose rows are used up goes along with a row that does not count: the others wait for its gradients
+        micros = self._microbatches(lesson, rows)
+        for number, (micro, counts) in enumerate(micros):
+            with gathering_gradients(self.model, self.accelerator, last=number == len(micros) - 1):
+                _accumulate(totals, self._backward(lesson, micro, num_tokens, counts=counts))
+        totals = self._over_ranks(totals)
+        self.accelerator.unscale_gradients(self.optimizer)
+        totals["policy/grad_norm"] = self._clip(self.actor.values())
+        totals["value/grad_norm"] = self._clip(self.critic.values())
+        self._apply(totals, rows, lesson, progress)
+
+    def _microbatches(self, lesson: Lesson, rows: list[int]) -> list[tuple[Rows, bool]]:
+        """Rows of an optimizer step as max_batch_size and max_batch_tokens allow, and whether they count.
+
+        Ranks wait for one another's gradients, so that a rank whose rows are used up goes along with one that does not
+        count; and where weights are sharded for each pass, so that all make as many.
+        """
         micros = list(
             row_batches(
                 lesson.spans, rows or (~lesson.counted).nonzero()[:1, 0].tolist(), device=torch.device("cpu"),
                 max_rows=self.max_batch_size, max_tokens=self.max_batch_tokens,
             )
         )  # fmt: skip
-        for number, micro in enumerate(micros):
-            last = number == len(micros) - 1
-            with self.accelerator.no_sync(self.model) if not last else nullcontext():
-                _accumulate(totals, self._backward(lesson, micro, num_tokens))
-        totals = self._over_ranks(totals)
-        self.accelerator.unscale_gradients(self.optimizer)
-        totals["policy/grad_norm"] = self._clip(self.actor.values())
-        totals["value/grad_norm"] = self._clip(self.critic.values())
-        self._apply(totals, rows, lesson, progress)
+        most = len(micros) if self.sharding is None else int(self.ranks.max(torch.tensor(len(micros))))
+        return [(micro, True) for micro in micros] + [(micros[-1], False)] * (most - len(micros))
 
     def _apply(self, totals: dict[str, Tensor], rows: list[int], lesson: Lesson, progress: Progress) -> None:
         """Take the step if all numbers are finite; else leave weights and optimizer as they are, and count it."""
@@ -202,10 +241,10 @@ class Learner:
                 " weights are as the last good step left them: lower the learning rates, or look for extreme scores"
             )
 
-    def _backward(self, lesson: Lesson, rows: Rows, num_tokens: Tensor) -> dict[str, Tensor]:
+    def _backward(self, lesson: Lesson, rows: Rows, num_tokens: Tensor, *, counts: bool) -> dict[str, Tensor]:
         """Gradients of one microbatch, added to those there are; its part of each diagnostic."""
         rollout, targets = lesson.read(rows)
-        mask = rollout.response_mask & lesson.counted[rows.numbers][:, None]
+        mask = rollout.response_mask & lesson.counted[rows.numbers][:, None] & counts
         device, steps = self._device, rows.steps
         rollout, mask = rollout.to(device), mask.to(device)
         with self.accelerator.autocast():
@@ -246,7 +285,7 @@ class Learner:
     def _clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Scale the gradients of one group down to max_norm together; their norm before."""
         limit = float("inf") if self.max_norm is None else self.max_norm
-        return nn.utils.clip_grad_norm_(list(parameters), limit)
+        return whole_tensor(nn.utils.clip_grad_norm_(list(parameters), limit))
 
 
 def _accumulate(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:

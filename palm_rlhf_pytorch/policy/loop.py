@@ -29,6 +29,7 @@ from palm_rlhf_pytorch.policy.trainer_state import KIND, Trainer, restore_state,
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
+from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.stopping import Stopped, StopSignal
 
 
@@ -183,7 +184,12 @@ class Loop:
         prompting = trainer.prompting(trainer.next_prompts(size), **self.call.sampling)
         batches, there = prompting.batches(settings.max_batch_size), len(flight.file)
         first = next((n for n, end in enumerate(_ends(batches)) if end > there), len(batches))
-        with self._bar(prompting, batches[first:]) as bar, trainer.accelerator.autocast():
+        with (
+            self._bar(prompting, batches[first:]) as bar,
+            trainer.learner.whole(),
+            trainer.accelerator.autocast(),
+            _together(trainer.ranks),
+        ):
 
             def on_token() -> None:
                 bar.update()
@@ -226,7 +232,8 @@ class Loop:
         """Learn from the responses, or go on with that."""
         trainer = self.trainer
         if trainer.settings.max_staleness and flight.refreshed is None:
-            flight.refreshed = self._refreshed()
+            with trainer.learner.whole():
+                flight.refreshed = self._refreshed()
 
         def on_step(progress: Progress) -> None:
             flight.progress = progress
@@ -274,6 +281,17 @@ class Loop:
             total=total, disable=not (self.show and total >= 256), desc="generate", unit="token", leave=False
         ) as bar:
             yield bar
+
+
+@contextmanager
+def _together(ranks: Ranks) -> Iterator[None]:
+    """A block that fails on every process if it does on one, so that none waits for one that is gone."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    ranks.raise_together(error)
 
 
 def _ends(batches: list[list[int]]) -> list[int]:

@@ -19,11 +19,17 @@ def end_token(probe: Probe) -> Finding:
             "fail", f"eos_token is {eos}, ids go from 0 to {num_tokens - 1}",
             "no response could ever end: give the tokenizer's own end token, and a palm of the tokenizer's vocabulary",
         )  # fmt: skip
+    if eos == probe.trainer.pad_value:
+        return Finding(
+            "fail", f"eos_token is {eos}, and so is pad_value",
+            "where the end token pads, real ends are taken for padding: say padding by prompt_mask or prompt_lengths in"
+            " place of pad_value, or pad with a token of its own",
+        )  # fmt: skip
     if eos == pad:
         return Finding(
-            "fail", f"eos_token is {eos}, and so is the id that pads",
-            "where the end token pads, real ends are taken for padding: give the tokenizer a padding token of its own,"
-            " or say padding by prompt_mask or prompt_lengths in place of pad_value",
+            "warn", f"eos_token is {eos}, and so is the tokenizer's padding",
+            "here padding is told by lengths, and nothing goes wrong; a judge or a loss of yours that looks for the id"
+            " takes real ends for padding: give the tokenizer a padding token of its own",
         )  # fmt: skip
     ended = int((prompts.ids.gather(1, prompts.lengths[:, None] - 1) == eos).sum())
     if 2 * ended > len(prompts):  # a few may be chance

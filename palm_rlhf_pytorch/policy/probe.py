@@ -46,6 +46,7 @@ class Trainer(Protocol):
     settings: PPOSettings
     normalizer: ScoreNormalizer
     updates: int
+    pad_value: int | None
 
     @property
     def pad_token(self) -> int | None:

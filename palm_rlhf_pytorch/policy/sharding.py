@@ -37,8 +37,8 @@ def asks_for_sharding(accelerator: Accelerator) -> bool:
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate is set to {kind.value}, whose engine clips and steps by itself: a step that is not finite could"
-            " not be skipped, nor actor and critic clipped apart; use FSDP2 (fsdp_version: 2) or plain processes"
+            f"accelerate is set to {kind.value}, whose engine clips and steps by itself: no step that is not finite"
+            " could be skipped, nor actor and critic clipped apart; use FSDP2 (fsdp_version: 2) or plain processes"
         )
     on_cpu = kind == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if kind != DistributedType.FSDP:
@@ -58,7 +58,7 @@ class Sharding:
 
     def __init__(self, actor_critic: ActorCritic, accelerator: Accelerator) -> None:
         """Split the weights; afterwards the plain module has none of its own."""
-        self.plain, self._depth, self._device = actor_critic, 0, accelerator.device
+        self.plain, self._depth = actor_critic, 0
         # the twin begins with the very parameters of the plain one: fully_shard replaces them, module by module
         twin: ActorCritic = copy.deepcopy(actor_critic, {id(weight): weight for weight in actor_critic.parameters()})
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -69,7 +69,15 @@ class Sharding:
             for layer in palm.layers:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(twin.value_head, mesh=mesh, reshard_after_forward=reshard)  # float32, whatever the trunk is
-        self.model = fully_shard(twin, mesh=mesh)
+        trained = twin.actor_parameters() | twin.critic_parameters()
+        kinds = {str(weight.dtype) for name, weight in trained.items() if not name.startswith("value_head.")}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"FSDP takes trained weights of one dtype, not {sorted(kinds)}: give actor and critic both an adapter,"
+                " both none, or a float32 palm"
+            )
+        fully_shard(twin, mesh=mesh)
+        self.model = twin
         self._empty()
 
     @contextmanager

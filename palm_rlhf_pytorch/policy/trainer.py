@@ -65,7 +65,8 @@ class PolicyTrainer:
             raise ValueError(f"seed ({seed}) must be 0 or above")
         self.settings, self.seed = settings, seed
         self.prompts = prompts_from(num_tokens=palm.num_tokens, seed=seed, **prompts)
-        self.pad_token = padding_of(prompts["tokenizer"], prompts["pad_value"])
+        self.pad_value: int | None = prompts["pad_value"]
+        self.pad_token = padding_of(prompts["tokenizer"], self.pad_value)
         judges = [judge] if held_out_judge is None else [judge, held_out_judge]
         for each in judges:
             check_judge(each, palm)
@@ -103,9 +104,11 @@ class PolicyTrainer:
 
         A fault is in the report, with its cause and remedy, and raises nothing. Arguments are those of `train`.
         """
-        return preflight(
-            self, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token, temperature=temperature
-        )
+        with self.learner.whole():
+            return preflight(
+                self, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token,
+                temperature=temperature,
+            )  # fmt: skip
 
     def plan(self, num_episodes: int = 50_000, **arguments: Any) -> Plan:
         """Memory and time of a call of `train` with these arguments, after timing a piece of each phase.
@@ -114,6 +117,8 @@ class PolicyTrainer:
             num_episodes: as in `train`.
             **arguments: max_seq_len, max_new_tokens, eos_token, temperature and update_timesteps, as there.
         """
+        if self.learner.sharding is not None:
+            raise ValueError("plan measures one process with whole weights: it knows no FSDP; plan without it")
         return plan(self, num_episodes, **arguments)
 
     def next_prompts(self, count: int) -> PromptBatch:
@@ -166,6 +171,7 @@ class PolicyTrainer:
         show = use_tqdm and self.accelerator.is_main_process and total >= 256  # shorter ones are over at once
         with (
             tqdm(total=total, disable=not show, desc="generate", unit="token", leave=False) as bar,
+            self.learner.whole(),
             self.accelerator.autocast(),
         ):
             rollout = collect_rollout(
@@ -182,6 +188,16 @@ class PolicyTrainer:
         room = max_seq_len - batch.mask.sum(dim=-1)
         room = room if max_new_tokens is None else room.clamp(max=max_new_tokens)
         return Prompting(batch.ids.masked_fill(~batch.mask, 0), batch.mask, batch.rows, room, **sampling)
+
+    def experience(self) -> Experience:
+        """The stored responses of the last updates, of this process: `keep_experience` says how many are kept.
+
+        To have them judged anew (`rescore`), to read them (`to_jsonl`), or to learn from them with loops of your own.
+
+        Raises:
+            ValueError: if no update was made yet.
+        """
+        return Experience(self.run.kept(self.updates, self.run.keep_experience))
 
     def score(self, rollout: Rollout) -> Rollout:
         """The rollout with the judge's raw scores.
@@ -244,7 +260,11 @@ class PolicyTrainer:
         numbers: dict[str, Any] = {"num_samples": num_samples, "eos_token": eos_token, "temperature": temperature}
         check_answer_arguments(palm, seq_len=seq_len, **numbers)
         total, show = (seq_len - len(prompt)) * -(-num_samples // limit), use_tqdm and self.accelerator.is_main_process
-        with tqdm(total=total, disable=not show, desc="generate", leave=False) as bar, self.accelerator.autocast():
+        with (
+            tqdm(total=total, disable=not show, desc="generate", leave=False) as bar,
+            self.learner.whole(),
+            self.accelerator.autocast(),
+        ):
             responses = sample_answers(
                 self.actor_critic, prompt, max_new_tokens=seq_len - len(prompt),
                 generator=generator or self.generator("answer", self.answers), max_batch_size=limit,
@@ -255,7 +275,8 @@ class PolicyTrainer:
 
     def export_palm(self) -> PaLM:
         """The improved PaLM: a model of its own, the actor's update merged into its weights, in eval mode."""
-        return self.actor_critic.export_palm().eval()
+        with self.learner.whole():
+            return self.actor_critic.export_palm().eval()
 
     def save(self, path: str | Path) -> None:
         """Write all that training has changed (not the frozen trunk) to a folder, whole or not at all.

@@ -27,6 +27,7 @@ from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.run import Flight, Run
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.sharding import whole_tensor
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
 from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -69,9 +70,9 @@ class Trainer(Protocol):
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """The arguments `values`, `tensors` and `files` of a checkpoint; to be asked for on every process."""
     parameters = _trained(trainer)
-    model = {name: _whole(parameter.detach()) for name, parameter in parameters.items()}
+    model = {name: whole_tensor(parameter.detach()) for name, parameter in parameters.items()}
     optimizer = {
-        f"{moment}.{name}": _whole(value)
+        f"{moment}.{name}": whole_tensor(value)
         for name, parameter in parameters.items()
         for moment, value in trainer.learner.optimizer.state.get(parameter, {}).items()
     }
@@ -203,11 +204,6 @@ def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:
 # tensors that are spread over processes
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     """A whole tensor in the shards of a parameter of its shape."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
@@ -249,7 +245,9 @@ def _check_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> N
 
 def _trunk(trainer: Trainer) -> str:
     """The digest of the frozen trunk, taken once: to read all weights takes seconds a gigabyte."""
-    trainer.trunk_digest = trainer.trunk_digest or _digest(trainer.actor_critic.palm)
+    if trainer.trunk_digest is None:
+        with trainer.learner.whole():
+            trainer.trunk_digest = _digest(trainer.actor_critic.palm)
     return trainer.trunk_digest
 
 
@@ -258,6 +256,6 @@ def _digest(palm: PaLM) -> str:
     digest = hashlib.sha256()
     for name, parameter in palm.named_base_parameters():
         digest.update(name.encode())
-        weights = _whole(parameter.detach()).cpu().contiguous()
+        weights = parameter.detach().cpu().contiguous()
         digest.update(weights.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ class Processes:
     """The workers of one start, one a rank."""
 
     def __init__(self, folder, *, ranks=1, **options):
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
         port = _free_port() if ranks > 1 else None
         self.codes = {_fork(folder, rank, ranks, port, options): None for rank in range(ranks)}
         self.folder = folder

@@ -78,6 +78,16 @@ def end_token_pads(build, patch):
     return build(prompt_token_ids=MATRIX, pad_value=0), {"eos_token": 0}
 
 
+def end_token_of_the_tokenizer_pads(build, patch):
+    class Letters:
+        pad_token_id = 10
+
+        def __call__(self, text):
+            return [ord(letter) - ord("a") for letter in text]
+
+    return build(prompts=["abc", "d", "eb"], tokenizer=Letters()), {"eos_token": 10}
+
+
 def end_token_outside_the_vocabulary(build, patch):
     return build(), {"eos_token": NUM_TOKENS}
 
@@ -291,7 +301,8 @@ def refusing(ids, scores):
 @pytest.mark.parametrize(
     ("plant", "name", "status", "remedy"),
     [
-        (end_token_pads, "end token", "fail", "padding token of its own"),
+        (end_token_pads, "end token", "fail", "prompt_mask or prompt_lengths"),
+        (end_token_of_the_tokenizer_pads, "end token", "warn", "told by lengths"),
         (end_token_outside_the_vocabulary, "end token", "fail", "tokenizer's own end token"),
         (prompts_that_have_ended, "end token", "warn", "without its end token"),
         (no_room, "prompts fit", "fail", "counts the prompt"),

@@ -6,22 +6,27 @@ import torch
 from palm_rlhf_pytorch.logprobs import logprobs_of
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.rollout import Rollout, collect_rollout, row_batches
+from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout, row_batches
 from palm_rlhf_pytorch.tensors import pad_ragged
 
 EOS = 7
 PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9], [3, 2], [3, 8, 4], [6])]
 
 
-def collect(
-    actor_critic, *, rows=8, left=False, budget=6, temperature=1.0, eos_token=EOS, batch=64, tokens=9999, seed=0
-):
+def sample(actor_critic, prompts, mask, budgets, *, temperature=1.0, eos_token=EOS, batch=64, tokens=9999, seed=0):
+    """A rollout whose batches draw one after the other from one random state."""
+    generator = torch.Generator().manual_seed(seed)
+    prompting = Prompting(prompts, mask, torch.arange(len(prompts)), budgets, temperature, eos_token)
+    return collect_rollout(
+        actor_critic, prompting, generator=lambda number: generator, version=3, max_batch_size=batch,
+        max_batch_tokens=tokens,
+    )  # fmt: skip
+
+
+def collect(actor_critic, *, rows=8, left=False, budget=6, **options):
     prompts, mask = pad_ragged(PROMPTS[:rows], left=left)
     budgets = budget if isinstance(budget, torch.Tensor) else torch.full((rows,), budget)
-    return collect_rollout(
-        actor_critic, prompts, mask, max_new_tokens=budgets, temperature=temperature, eos_token=eos_token,
-        generator=torch.Generator().manual_seed(seed), max_batch_size=batch, max_batch_tokens=tokens,
-    )  # fmt: skip
+    return sample(actor_critic, prompts, mask, budgets, **options)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -82,12 +87,9 @@ def test_response_stops_at_its_own_eos_never_at_the_prompts(make_palm):
     prompts = [torch.tensor([EOS, EOS, 3]), torch.tensor([EOS])]
     ids, mask = pad_ragged(prompts)
     rollouts = [
-        collect_rollout(
-            ActorCritic(palm), ids, mask, max_new_tokens=torch.tensor([9, 9]), temperature=1.5, eos_token=EOS,
-            generator=torch.Generator().manual_seed(seed), max_batch_size=2, max_batch_tokens=9999,
-        )
+        sample(ActorCritic(palm), ids, mask, torch.tensor([9, 9]), temperature=1.5, batch=2, seed=seed)
         for seed in range(30)
-    ]  # fmt: skip
+    ]
     lengths = torch.cat([rollout.lengths for rollout in rollouts])
     assert lengths.max() == 9 and lengths.min() < 9
     for rollout in rollouts:
@@ -112,12 +114,9 @@ def test_wider_padding_changes_nothing(make_palm, move, left):
     pad = (4, 0) if left else (0, 4)
     wide, wide_mask = (torch.nn.functional.pad(tensor, pad) for tensor in (narrow, mask))
     rollouts = [
-        collect_rollout(
-            actor_critic, ids, real, max_new_tokens=torch.full((8,), 5), temperature=1.0, eos_token=EOS,
-            generator=torch.Generator().manual_seed(0), max_batch_size=8, max_batch_tokens=9999,
-        )
+        sample(actor_critic, ids, real, torch.full((8,), 5), batch=8)
         for ids, real in ((narrow, mask), (wide, wide_mask))
-    ]  # fmt: skip
+    ]
     for first, second in zip(rollouts[0][:8], rollouts[1][:8], strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
 
@@ -125,10 +124,9 @@ def test_wider_padding_changes_nothing(make_palm, move, left):
 def test_sampled_tokens_follow_the_distribution_that_is_stored(make_palm):
     palm = make_palm(num_tokens=5, depth=1)
     ids = torch.full((4000, 1), 2)
-    rollout = collect_rollout(
-        ActorCritic(palm), ids, torch.ones_like(ids, dtype=torch.bool), max_new_tokens=torch.ones(4000).long(),
-        temperature=0.7, eos_token=None, generator=torch.Generator().manual_seed(0), max_batch_size=4000,
-        max_batch_tokens=9999,
+    rollout = sample(
+        ActorCritic(palm), ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(4000).long(), temperature=0.7,
+        eos_token=None, batch=4000,
     )  # fmt: skip
     counts = torch.bincount(rollout.sequences[:, 1], minlength=5) / 4000
     expected = (palm(torch.tensor([[2]]))[0, 0] / 0.7).softmax(dim=-1)
@@ -142,7 +140,7 @@ def test_rollout_keeps_a_number_a_token_and_nothing_of_the_vocabularys_size(make
     held = sum(value.nbytes for value in rollout if isinstance(value, torch.Tensor))
     rows, tokens, steps = 8, rollout.sequences.shape[1], 6
     assert tokens == 11 and rollout.sequences.untyped_storage().nbytes() == 4 * rows * tokens
-    assert held == 4 * rows * tokens + 20 * rows * steps + (8 + 8 + 1) * rows  # 24 a response token
+    assert held == 4 * rows * tokens + 20 * rows * steps + (4 * 8 + 1) * rows  # 24 a response token
 
 
 def test_responses_are_sampled_in_batches_over_a_cache(make_palm, monkeypatch):
@@ -218,6 +216,8 @@ def test_selected_rows_are_trimmed_to_the_longest_of_them():
         sampler_logprobs=torch.tensor([[1.0, 2, 3], [4, 5, 0]]),
         kl_exact=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0]]),
         ended=torch.tensor([False, True]),
+        prompt_rows=torch.tensor([6, 2]),
+        versions=torch.tensor([3, 5]),
         temperature=0.7,
         eos_token=8,
         scores=torch.tensor([0.5, -0.5]),
@@ -227,6 +227,7 @@ def test_selected_rows_are_trimmed_to_the_longest_of_them():
         assert part.sequences.tolist() == [[6, 7, 8]]
         assert part.values.tolist() == [[40, 50]] and part.response_mask.tolist() == [[True, True]]
         assert part.scores.tolist() == [-0.5] and part.ended.tolist() == [True]
+        assert part.prompt_rows.tolist() == [2] and part.versions.tolist() == [5]
         assert part.temperature == 0.7 and part.eos_token == 8
     with pytest.raises(ValueError, match="selects no row"):
         rollout.select(torch.tensor([False, False]))
@@ -239,6 +240,7 @@ def test_rows_come_back_in_the_order_asked_whatever_batches_they_were_sampled_in
         rollout = collect(actor_critic, budget=budget, eos_token=None, batch=3, tokens=tokens)
         assert rollout.prompt_lengths.tolist() == [len(prompt) for prompt in PROMPTS]
         assert torch.equal(rollout.lengths, budget)
+        assert rollout.prompt_rows.tolist() == list(range(8)) and rollout.versions.tolist() == [3] * 8
         for row, prompt in enumerate(PROMPTS):
             whole = rollout.sequences[row, : len(prompt) + int(budget[row])].long()
             assert whole[: len(prompt)].tolist() == prompt.tolist()

@@ -1,29 +1,35 @@
 """Judges of every kind, what they may not return, normalisation, and the price of a missing end."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from palm_rlhf_pytorch.palm.generation import Generation
+from palm_rlhf_pytorch.policy.answers import best_response
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.scores import (
     ScoreNormalizer,
-    best_response,
+    check_scores,
+    counted_scores,
     judge_sequences,
+    judge_source,
     learnt_scores,
     penalize_missing_eos,
 )
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.tensors import identity
+from tests.policy.helpers import CPU, one_process
 
 SEQUENCES = torch.tensor([[7, 7, 1, 7, 0], [7, 2, 7, 7, 7], [3, 7, 0, 0, 0]])
 PROMPT_MASK = torch.tensor([[True, True, False, False, False], [True] * 2 + [False] * 3, [True] + [False] * 4])
 MASK = torch.tensor([[True] * 4 + [False], [True] * 5, [True] * 2 + [False] * 3])
 
 
-def scores_of(judge, batch=64):
+def scores_of(judge, batch=64, **options):
     return judge_sequences(
-        judge, SEQUENCES, PROMPT_MASK, MASK, max_batch_size=batch, max_batch_tokens=9999, where="update 4"
+        judge, SEQUENCES, PROMPT_MASK, MASK, max_batch_size=batch, max_batch_tokens=9999, where="update 4", **options
     )
 
 
@@ -32,7 +38,8 @@ def rollout_with(scores, *, ended, eos_token):
     numbers = torch.zeros(rows, 2)
     return Rollout(
         torch.zeros(rows, 3, dtype=torch.int), torch.ones(rows, dtype=torch.long), torch.full((rows,), 2), numbers,
-        numbers, numbers, numbers, numbers, torch.tensor(ended), 1.0, eos_token, scores,
+        numbers, numbers, numbers, numbers, torch.tensor(ended), torch.arange(rows) + 20,
+        torch.zeros(rows, dtype=torch.long), 1.0, eos_token, scores,
     )  # fmt: skip
 
 
@@ -112,18 +119,92 @@ def test_integer_and_half_scores_become_float32():
     assert scores_of(lambda seq, **masks: torch.ones(3)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite_name_their_rows(bad):
-    def judge(sequences, *, prompt_mask, mask):
-        return torch.where(sequences[:, 0] == 7, bad, 1.0)
+NAN, INF = float("nan"), float("inf")
 
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_scores_that_are_not_finite_come_through_and_are_refused_by_row_where_all_must_count(bad):
+    found = scores_of(lambda seq, **masks: torch.where(seq[:, 0] == 7, bad, 1.0), batch=2)
+    torch.testing.assert_close(found, torch.tensor([bad, bad, 1.0]), equal_nan=True)
     with pytest.raises(ValueError, match=r"update 4.*rows \[0, 1\]"):
-        scores_of(judge)
-    with pytest.raises(ValueError, match=r"rows \[1\]"):  # numbered over the whole rollout
-        judge_sequences(
-            lambda seq, **masks: torch.full((len(seq),), bad if seq[0, 1] == 2 else 1.0), SEQUENCES, PROMPT_MASK, MASK,
-            max_batch_size=1, max_batch_tokens=9999, where="update 4",
-        )  # fmt: skip
+        check_scores(found, 3, where="update 4")
+    tokens, mask = torch.tensor([[7, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    out = [Generation(tokens, mask, torch.zeros(1, 2), torch.zeros(1, dtype=torch.bool))]
+    with pytest.raises(ValueError, match=r"generate.*rows \[0\]"):
+        best_response(
+            lambda seq, **masks: torch.tensor([bad]), tokens[0], out, max_batch_size=8, max_batch_tokens=9999
+        )
+
+
+def count(scores, *, max_dropped=0.1, **options):
+    return counted_scores(
+        torch.tensor(scores), torch.arange(len(scores)) + 20, ranks=one_process(), max_dropped=max_dropped,
+        where="update 4", **options,
+    )  # fmt: skip
+
+
+def test_a_few_scores_that_are_not_finite_are_left_out_with_a_warning(recwarn):
+    assert count([1.0, 2.0, 3.0]).tolist() == [True] * 3 and not recwarn.list
+    named = r"1 of 10 scores in update 4.*responses \[6\], to prompts \[26\].*left out"
+    with pytest.warns(UserWarning, match=named):  # a tenth is not above a tenth
+        counted = count([0.0] * 6 + [INF] + [1.0] * 3)
+    assert counted.tolist() == [True] * 6 + [False] + [True] * 3
+    assert count([0.0] * 9 + [NAN], warn=False).sum() == 9 and len(recwarn.list) == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "max_dropped", "named"),
+    [
+        ([0.0] * 8 + [NAN], 0.1, r"1 of 9 scores in update 4.*responses \[8\], to prompts \[28\].*\(10%\)"),
+        ([0.0, NAN, -INF], 0.5, r"2 of 3 scores.*responses \[1, 2\], to prompts \[21, 22\]"),
+        ([0.0] * 99 + [NAN], 0.0, "1 of 100"),
+        ([NAN] * 30, 0.9, r"30 of 30.*\[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and 20 more"),
+    ],
+)
+def test_too_many_scores_that_are_not_finite_are_refused(scores, max_dropped, named):
+    with pytest.raises(ValueError, match=named):
+        count(scores, max_dropped=max_dropped)
+
+
+def test_judge_that_hangs_is_left_behind_after_its_timeout():
+    release = threading.Event()
+
+    def judge(sequences, **masks):
+        release.wait(30)
+        return torch.zeros(len(sequences))
+
+    with pytest.raises(TimeoutError, match=r"judge_timeout \(0.05 seconds\)") as raised:
+        scores_of(judge, 2, timeout=0.05)
+    release.set()
+    assert any("rows [0, 1] of update 4" in note for note in raised.value.__notes__)
+
+
+def test_judge_with_a_timeout_answers_raises_and_learns_as_one_without(judge):
+    assert scores_of(judge, 2, timeout=30.0).tolist() == [1.0, 3.0, 1.0]
+
+    def strict(sequences, **masks):
+        assert not torch.is_grad_enabled()
+        raise KeyError("no such word")
+
+    with pytest.raises(KeyError, match="no such word"):
+        scores_of(strict, timeout=30.0)
+
+
+def test_judge_of_a_source_names_responses_and_prompts():
+    rollout = rollout_with(None, ended=[True] * 3, eos_token=7)
+    rollout = rollout._replace(sequences=torch.tensor([[1, 2, 5], [1, 2, 6], [1, 2, 7]]).int())
+    limits = {"device": CPU, "max_batch_size": 2, "max_batch_tokens": 9999, "where": "update 4"}
+    scores = judge_source(lambda seq, **masks: seq[:, -1], rollout, **limits)
+    assert scores.tolist() == [5.0, 6.0, 7.0]
+
+    def judge(sequences, **masks):
+        if 7 in sequences:
+            raise OSError("no answer")
+        return sequences[:, -1]
+
+    with pytest.raises(OSError, match="no answer") as raised:
+        judge_source(judge, rollout, **limits)
+    assert any("responses [2] of update 4, to prompts [22]" in note for note in raised.value.__notes__)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2,), ()])
@@ -169,23 +250,29 @@ def test_best_response_is_cut_at_its_end(judge):
     assert shortest.tolist() == [7, 4, 7]
 
 
+def fit(normalizer, scores, counted=None):
+    scores = torch.as_tensor(scores)
+    counted = torch.ones(len(scores), dtype=torch.bool) if counted is None else torch.tensor(counted)
+    return normalizer.fit(scores, counted, reduce=identity)
+
+
 def test_normalizer_fixes_shift_and_scale_on_the_first_scores():
     normalizer = ScoreNormalizer()
-    normalizer.fit(torch.tensor([1.0, 3.0, 5.0, 7.0]), reduce=identity)  # mean 4, deviation sqrt(5)
+    fit(normalizer, [1.0, 3.0, 5.0, 7.0])  # mean 4, deviation sqrt(5)
     torch.testing.assert_close(normalizer(torch.tensor([4.0, 9.0])), torch.tensor([0.0, 5.0**0.5]))
-    normalizer.fit(torch.tensor([100.0, 300.0]), reduce=identity)
+    fit(normalizer, [100.0, 300.0])
     torch.testing.assert_close(normalizer(torch.tensor([4.0, 9.0])), torch.tensor([0.0, 5.0**0.5]))
 
 
 @pytest.mark.parametrize("constant", [2.0, 0.1, -1e6, 0.0])
 def test_normalizer_waits_with_the_scale_until_scores_differ(constant):
     normalizer = ScoreNormalizer()
-    normalizer.fit(torch.full((5,), constant), reduce=identity)
+    fit(normalizer, [constant] * 5)
     assert normalizer.std is None
     torch.testing.assert_close(
         normalizer(torch.full((2,), constant)), torch.zeros(2), atol=abs(constant) * 1e-6, rtol=0
     )
-    normalizer.fit(torch.tensor([constant - 3, constant + 5]), reduce=identity)  # deviation 4, mean above the first
+    fit(normalizer, [constant - 3, constant + 5])  # deviation 4, mean above the first
     torch.testing.assert_close(normalizer(torch.tensor([constant, constant + 8])), torch.tensor([0.0, 2.0]))
 
 
@@ -193,12 +280,12 @@ def test_normalizer_takes_scores_of_any_size():
     for size in (1e-9, 1e9):
         normalizer = ScoreNormalizer()
         scores = torch.tensor([1.0, 3.0]) * size
-        torch.testing.assert_close(normalizer.fit(scores, reduce=identity)(scores), torch.tensor([-1.0, 1.0]))
+        torch.testing.assert_close(fit(normalizer, scores)(scores), torch.tensor([-1.0, 1.0]))
 
 
 def test_normalizer_state_comes_back():
     first, second = ScoreNormalizer(), ScoreNormalizer()
-    first.fit(torch.tensor([1.0, 3.0, 5.0, 7.0]), reduce=identity)
+    fit(first, [1.0, 3.0, 5.0, 7.0])
     second.restore(first.state())
     assert torch.equal(first(torch.tensor([2.5])), second(torch.tensor([2.5])))
 
@@ -206,30 +293,39 @@ def test_normalizer_state_comes_back():
 def test_missing_eos_costs_a_penalty_or_replaces_the_score():
     scores = torch.tensor([0.25, 0.5, -1.0])
     rollout = rollout_with(scores, ended=[True, False, False], eos_token=7)
-    assert penalize_missing_eos(scores, rollout, penalty=1.0, replacement=None).tolist() == [0.25, -0.5, -2.0]
-    assert penalize_missing_eos(scores, rollout, penalty=None, replacement=-3.0).tolist() == [0.25, -3.0, -3.0]
-    assert penalize_missing_eos(scores, rollout, penalty=None, replacement=None).tolist() == [0.25, 0.5, -1.0]
+    assert penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=1.0, replacement=None).tolist() == [0.25, -0.5, -2.0]
+    assert penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=None, replacement=-3.0).tolist() == [0.25, -3.0, -3.0]
+    assert penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=None, replacement=None).tolist() == [0.25, 0.5, -1.0]
 
 
 def test_missing_eos_costs_nothing_where_no_token_ends_a_response():
     scores = torch.tensor([0.25, 0.5])
     rollout = rollout_with(scores, ended=[False, False], eos_token=None)
     for penalty, replacement in ((1.0, None), (None, -3.0)):
-        assert torch.equal(penalize_missing_eos(scores, rollout, penalty=penalty, replacement=replacement), scores)
+        assert torch.equal(penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=penalty, replacement=replacement), scores)
+
+
+def learnt(rollout, counted, normalizer):
+    return learnt_scores(
+        rollout, torch.tensor(counted), normalizer, penalty=1.0, replacement=None, reduce=identity
+    )
 
 
 def test_learnt_scores_are_normalised_before_they_are_penalised():
     rollout = rollout_with(torch.tensor([10.0, 30.0, 30.0]), ended=[True, True, False], eos_token=7)
-    found = learnt_scores(rollout, ScoreNormalizer(), penalty=1.0, replacement=None, reduce=identity)
+    found = learnt(rollout, [True] * 3, ScoreNormalizer())
     torch.testing.assert_close(found, torch.tensor([-(2**0.5), 0.5**0.5, 0.5**0.5 - 1]))
-    found = learnt_scores(rollout, None, penalty=1.0, replacement=None, reduce=identity)
-    assert found.tolist() == [10.0, 30.0, 29.0]
+    assert learnt(rollout, [True] * 3, None).tolist() == [10.0, 30.0, 29.0]
 
 
-@pytest.mark.parametrize("scores", [None, torch.tensor([1.0, float("nan"), 2.0]), torch.zeros(3, 1)])
-def test_scores_that_cannot_be_learnt_from_leave_the_normalizer_as_it_was(scores):
-    normalizer = ScoreNormalizer()
-    with pytest.raises(ValueError, match="score"):
-        rollout = rollout_with(scores, ended=[True, True, True], eos_token=7)
-        learnt_scores(rollout, normalizer, penalty=None, replacement=None, reduce=identity)
-    assert normalizer.state() == {"mean": None, "std": None}
+def test_rows_that_do_not_count_shift_no_score_and_learn_nothing():
+    scores = torch.tensor([10.0, NAN, 30.0, 1e9, 30.0])
+    rollout = rollout_with(scores, ended=[True, False, True, False, False], eos_token=7)
+    found = learnt(rollout, [True, False, True, False, True], ScoreNormalizer())
+    torch.testing.assert_close(found, torch.tensor([-(2**0.5), 0.0, 0.5**0.5, 0.0, 0.5**0.5 - 1]))
+
+
+def test_normalizer_that_no_score_counts_for_stays_as_it_was():
+    normalizer = fit(ScoreNormalizer(), [5.0, NAN], [False, False])
+    assert normalizer.state()["std"] is None
+    torch.testing.assert_close(fit(normalizer, [1.0, 3.0])(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
