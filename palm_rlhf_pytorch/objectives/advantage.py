@@ -9,6 +9,7 @@ Preferences", https://arxiv.org/abs/1909.08593
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -95,15 +96,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, ga
     _check_unit_interval("gamma", gamma)
     _check_unit_interval("gae_lambda", gae_lambda)
     rewards, values = at_least_float32(rewards.detach()), at_least_float32(values.detach())
-    advantages = torch.zeros_like(rewards)
-    next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
-    for step in reversed(range(rewards.shape[1])):
-        counted = mask[:, step]
-        delta = rewards[:, step] + gamma * next_value - values[:, step]
-        next_advantage = torch.where(counted, delta + gamma * gae_lambda * next_advantage, next_advantage)
-        next_value = torch.where(counted, values[:, step], next_value)
-        advantages[:, step] = next_advantage.masked_fill(~counted, 0.0)
+    deltas = rewards + gamma * _next_values(values, mask) - values
+    # A_t = a_t A_t' + b_t, where a False token hands on what comes after it
+    scales = torch.where(mask, gamma * gae_lambda, 1.0).to(rewards.dtype).T.contiguous()
+    advantages = deltas.masked_fill(~mask, 0.0).T.contiguous()
+    steps = advantages.unbind()
+    for step, following, scale in zip(steps[-2::-1], steps[:0:-1], scales.unbind()[-2::-1], strict=True):
+        step.addcmul_(scale, following)  # one small operation a step: this loop is all that is not vectorised
+    advantages = advantages.T.masked_fill(~mask, 0.0)
     return Advantages(advantages, advantages + values.masked_fill(~mask, 0.0))
+
+
+def _next_values(values: Tensor, mask: Tensor) -> Tensor:
+    """The value of the next True token after each place, 0 where there is none, (b, t)."""
+    length = values.shape[1]
+    places = torch.where(mask, torch.arange(length, device=mask.device), length)
+    following = places.flip(-1).cummin(dim=-1).values.flip(-1)  # the first True token from each place on
+    following = F.pad(following[:, 1:], (0, 1), value=length)
+    return F.pad(values.masked_fill(~mask, 0.0), (0, 1)).gather(1, following)
 
 
 def monte_carlo_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:

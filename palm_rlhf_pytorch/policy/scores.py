@@ -238,7 +238,7 @@ class ScoreNormalizer:
             return self
         moments = masked_moments(scores, counted, reduce=reduce)
         mean, std = float(moments.mean), float(moments.var.sqrt())
-        if self.mean is None:
+        if self.mean is None and int(moments.count) > 0:
             self.mean = mean
         if std > 1e-6 * abs(mean):  # above what rounding alone gives
             self.std = std

@@ -1,4 +1,4 @@
-"""Experience on disk: bytes a token, writing, reading in random minibatches, and memory that does not grow with it.
+"""Experience on disk: bytes a token, writing, reading in random minibatches, learning, and memory that stays flat.
 
 Two sizes, one ten times the other, each in a process of its own. Memory is the process's anonymous memory (RssAnon):
 pages of the file that the system keeps are given back when anyone needs them, and are not in it. What is read back has
@@ -16,9 +16,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.diagnostics import lesson_from
 from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
+from palm_rlhf_pytorch.policy.learning import Learner, Progress
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
+from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
+from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.training.ranks import Ranks
 from tests.benchmarks.harness import Bench, Case, main
 from tests.benchmarks.report import Row, Work, counted_rows, timed_rows
 from tests.processor import cap_instruction_set
@@ -27,6 +35,7 @@ PROMPTS = (512, 64)  # tokens of a prompt, a case each
 RESPONSE = 512  # tokens of the longest
 APPENDED, MINIBATCH, PASSES = 64, 16, 2
 FILES = 4
+NUM_TOKENS = 256
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -43,7 +52,7 @@ def _compare(prompt: int, tokens: int) -> list[Row]:
     every = large["tokens"] + large["responses"] * prompt
     counts = {"a response token": large["bytes"] / large["tokens"], "a token": large["bytes"] / every}
     rows = counted_rows(case, "bytes on disk", counts, unit="count", note=note, compare=False)
-    for measure, amount in (("write", 1), ("read", PASSES)):
+    for measure, amount in (("write", 1), ("read", PASSES), ("learn", 1)):
         work = Work(bytes=amount * large["bytes"], tokens=amount * large["tokens"])
         speed = f"{amount * large['bytes'] / large[measure] / 1e6:,.0f} MB/s"
         rows += timed_rows(case, measure, {"ours": [large[measure]]}, work=work, note=f"{speed}; {note}")
@@ -63,7 +72,7 @@ def _measured_apart(prompt: int, tokens: int) -> dict[str, float]:
 
 
 def _measure(prompt: int, tokens: int) -> dict[str, float]:
-    """Write so many response tokens, then read all of them in random order, more than once."""
+    """Write so many response tokens, read all of them in random order, more than once, and learn from them once."""
     generator = torch.Generator().manual_seed(0)
     before = peak = _anonymous()
     written, read, wrote = 0, 0, 0.0
@@ -81,9 +90,31 @@ def _measure(prompt: int, tokens: int) -> dict[str, float]:
                 peak = max(peak, _anonymous())
         assert read == PASSES * written, "every response is read"
         took = time.perf_counter() - start
+        learnt, peak_learnt = _learn(experience, generator)
         size = sum(os.stat(file.path).st_size for file in files)
-    found = {"tokens": written, "responses": len(spans), "bytes": size, "write": wrote, "read": took}
-    return found | {"peak": peak - before}
+    found = {"tokens": written, "responses": len(spans), "bytes": size, "write": wrote, "read": took, "learn": learnt}
+    return found | {"peak": max(peak, peak_learnt) - before}
+
+
+def _learn(experience: Experience, generator: torch.Generator) -> tuple[float, float]:
+    """Seconds and most anonymous memory of one epoch of PPO on all of it, with a model too small to matter."""
+    settings = PPOSettings(epochs=1, minibatch_size=64)
+    accelerator = Accelerator(cpu=True)
+    palm = PaLM(num_tokens=NUM_TOKENS, dim=8, depth=1, heads=1, dim_head=8)
+    learner = Learner(ActorCritic(palm), accelerator, **settings.learner_arguments())
+    for file in experience.files:
+        file.set_scores(torch.randn(len(file), generator=generator))
+    start, peak = time.perf_counter(), 0.0
+
+    def watch(progress: Progress) -> None:
+        nonlocal peak
+        peak = max(peak, _anonymous())
+
+    lesson, _ = lesson_from(
+        experience, settings, ranks=Ranks(accelerator), normalizer=ScoreNormalizer(), kl_coef=0.05, version=0
+    )
+    learner.update(lesson, random=lambda *_: torch.Generator().manual_seed(0), on_step=watch)
+    return time.perf_counter() - start, peak
 
 
 def _appends(file: RolloutFile, prompt: int, tokens: int, generator: torch.Generator) -> Iterator[tuple[int, float]]:
@@ -102,12 +133,12 @@ def _rollout(prompt: int, generator: torch.Generator) -> Rollout:
     lengths = torch.randint(RESPONSE // 2, RESPONSE + 1, (APPENDED,), generator=generator)
     mask = torch.arange(RESPONSE) < lengths[:, None]
     numbers = torch.randn(5, APPENDED, RESPONSE, generator=generator).masked_fill(~mask, 0.0)
-    ids = torch.randint(1, 2**15, (APPENDED, prompt + RESPONSE), generator=generator)
+    ids = torch.randint(1, NUM_TOKENS, (APPENDED, prompt + RESPONSE), generator=generator)
     ids[:, prompt:] *= mask
     unknown = torch.full_like(lengths, -1)
     return Rollout(
         ids.int(), torch.full_like(lengths, prompt), lengths, *numbers, ended=lengths < RESPONSE, prompt_rows=unknown,
-        versions=unknown + 1, temperature=1.0, eos_token=0,
+        versions=torch.zeros_like(unknown), temperature=1.0, eos_token=0,
     )  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from tests.endurance import worker
 
 
 class Processes:
-    """The workers of one start, one a rank."""
+    """The workers of one start, one a rank: each does `work(folder, **options)`, and writes into a log of its own."""
 
-    def __init__(self, folder, *, ranks=1, **options):
+    def __init__(self, folder, *, ranks=1, work=worker.run, **options):
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
         port = _free_port() if ranks > 1 else None
-        self.codes = {_fork(folder, rank, ranks, port, options): None for rank in range(ranks)}
+        self.codes = {_fork(work, folder, rank, ranks, port, options): None for rank in range(ranks)}
         self.folder = folder
 
     def wait(self, *, seconds=None):
@@ -52,7 +52,7 @@ class Processes:
         assert set(self.codes.values()) == {0}, Path(f"{self.folder}.rank-0.log").read_text()
 
 
-def _fork(folder, rank, ranks, port, options):
+def _fork(work, folder, rank, ranks, port, options):
     child = os.fork()
     if child:
         return child
@@ -66,7 +66,7 @@ def _fork(folder, rank, ranks, port, options):
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
             )  # fmt: skip
-        worker.run(folder, **options)
+        work(folder, **options)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -140,7 +140,7 @@ def ended_at_boundaries(work, *, number, places=None, ranks=1, **options):
         folder = work / f"ended-{place}"
         processes = Processes(folder, ranks=ranks, end_at=place, signal=number, **options)
         if number == signal.SIGKILL:
-            processes.wait(seconds=None if ranks == 1 else 2.0)
+            processes.wait(seconds=60.0)  # a rank whose fellow is gone ends by an error of its own, or never
             processes.kill()
         else:
             processes.must_succeed()  # a clean exit

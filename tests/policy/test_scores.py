@@ -290,19 +290,23 @@ def test_normalizer_state_comes_back():
     assert torch.equal(first(torch.tensor([2.5])), second(torch.tensor([2.5])))
 
 
+def penalized(rollout, **price):
+    return penalize_missing_eos(rollout.scores, rollout.ended, rollout.eos_token, **price)
+
+
 def test_missing_eos_costs_a_penalty_or_replaces_the_score():
     scores = torch.tensor([0.25, 0.5, -1.0])
     rollout = rollout_with(scores, ended=[True, False, False], eos_token=7)
-    assert penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=1.0, replacement=None).tolist() == [0.25, -0.5, -2.0]
-    assert penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=None, replacement=-3.0).tolist() == [0.25, -3.0, -3.0]
-    assert penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=None, replacement=None).tolist() == [0.25, 0.5, -1.0]
+    assert penalized(rollout, penalty=1.0, replacement=None).tolist() == [0.25, -0.5, -2.0]
+    assert penalized(rollout, penalty=None, replacement=-3.0).tolist() == [0.25, -3.0, -3.0]
+    assert penalized(rollout, penalty=None, replacement=None).tolist() == [0.25, 0.5, -1.0]
 
 
 def test_missing_eos_costs_nothing_where_no_token_ends_a_response():
     scores = torch.tensor([0.25, 0.5])
     rollout = rollout_with(scores, ended=[False, False], eos_token=None)
     for penalty, replacement in ((1.0, None), (None, -3.0)):
-        assert torch.equal(penalize_missing_eos(scores, rollout.ended, rollout.eos_token, penalty=penalty, replacement=replacement), scores)
+        assert torch.equal(penalized(rollout, penalty=penalty, replacement=replacement), scores)
 
 
 def learnt(rollout, counted, normalizer):
