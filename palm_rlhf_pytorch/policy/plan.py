@@ -1,52 +1,17 @@
-"""The plan of a run: memory and time of each phase, told before the run from one real piece of each.
-
-A piece is a few decoding steps of a real batch, or one real pass, on the trainer's own models and device. Its time is
-multiplied by what the run will have of it; its tensors are counted while they live. Responses are taken to be as long
-as they may be. Nothing is learnt: weights, gradients, optimizer, counters and random states stay as they are.
-"""
+"""The plan of a run: memory and time of each phase, told before the run from one real piece of each."""
 
 import copy
-import random
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
-from statistics import mean, median
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
-from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.arguments import check_train_arguments
-from palm_rlhf_pytorch.policy.learning import Learner
-from palm_rlhf_pytorch.policy.prompts import Prompts
-from palm_rlhf_pytorch.policy.scores import Judge, evaluating
-from palm_rlhf_pytorch.policy.settings import PPOSettings
-from palm_rlhf_pytorch.tensors import lengths_to_mask, split_rows
-from palm_rlhf_pytorch.training.optimizer import adamw
+from palm_rlhf_pytorch.policy.footprint import device_bytes_of, memory_in_use
+from palm_rlhf_pytorch.policy.pieces import Phase, Pieces, Text, Trainer, left_as_found, trained_by
 
-STEPS, WARM_STEPS = 20, 4  # decoding steps of a piece, enough that weights are packed for them; those not timed
 UPDATES = 64  # whose passes are counted; in a longer run they stand for the others
-ROUNDS, ENOUGH_SECONDS = 5, 0.5  # a piece is timed so often, less often once that has taken so long
-STEP_NUMBERS = 2**22  # trained numbers that the optimizer is timed on: 64 MiB of copies at most
-LARGE = 2**20  # bytes of a tensor from which memory in use is looked at: to ask takes longer than to make a small one
+SHORT, FURTHER = 16, 64  # response tokens of the passes whose bytes are compared
 RESPONSE_BYTES, PROMPT_BYTES = 24, 4  # of experience on disk, a token
-
-
-class Phase(NamedTuple):
-    """A phase of an update: the most bytes it holds at once beside the models, and its seconds in one update."""
-
-    name: str
-    bytes: int
-    seconds: float
 
 
 class Plan(NamedTuple):
@@ -81,17 +46,6 @@ class Plan(NamedTuple):
         return "\n".join([*lines, f"experience on disk: {_size(self.disk_bytes)} an update"])
 
 
-class Trainer(Protocol):
-    """What of a trainer is planned with."""
-
-    accelerator: Accelerator
-    actor_critic: ActorCritic
-    learner: Learner
-    prompts: Prompts
-    reward_model: Judge
-    settings: PPOSettings
-
-
 def plan(
     trainer: Trainer,
     num_episodes: int = 50_000,
@@ -119,11 +73,11 @@ def plan(
     texts = [Text(row, p, min(max_seq_len - p, room)) for row, p in enumerate(prompts.lengths.tolist())]
     order = copy.copy(prompts)  # which counts for itself what it hands out
     upcoming = [[texts[row] for row in order.next_rows(size).tolist()] for _ in range(min(updates, UPDATES))]
-    before, most = _memory(device)
-    with _left_as_found(trainer):
-        pieces = _Pieces(trainer, texts, upcoming, temperature)
+    before, most = memory_in_use(device)
+    with left_as_found(trainer):
+        pieces = Pieces(trainer, texts, upcoming, temperature)
         phases = pieces.phases()
-    after = _memory(device)[1]
+    after = memory_in_use(device)[1]
     weights, moments, to_come = _models(trainer)
     # where the process was larger before, its size between operators must do
     passing = max(phase.bytes for phase in phases)
@@ -135,259 +89,44 @@ def plan(
         seconds_per_update=seconds,
         seconds=seconds * num_episodes / size,
         peak_bytes=resident + to_come,
-        device_bytes=_device_bytes(device),
+        device_bytes=device_bytes_of(device),
         disk_bytes=max(sum(PROMPT_BYTES * p + RESPONSE_BYTES * t for _, p, t in update) for update in upcoming),
     )
 
 
-class Text(NamedTuple):
-    """A sequence to come: its prompt's row, and how many tokens prompt and response have."""
+def memory_to_learn(
+    trainer: Trainer, *, max_seq_len: int = 2048, max_new_tokens: int | None = None, temperature: float = 1.0
+) -> tuple[float, float]:
+    """Bytes that the largest step of a run needs, roughly, and those there are: from two short passes, a second or two.
 
-    row: int
-    prompt: int
-    response: int
+    What a pass of learning holds is taken to grow evenly with its tokens; the cache of generating is counted exactly.
 
+    Args:
+        trainer: as for `plan`.
+        max_seq_len: as in `train`, as for max_new_tokens.
+        max_new_tokens: likewise.
+        temperature: likewise.
 
-Texts = Sequence[Text]
-
-
-class _Pieces:
-    """Runs a piece of each phase: once to count bytes, which warms up too, then for the time."""
-
-    def __init__(self, trainer: Trainer, texts: Texts, upcoming: Sequence[Texts], temperature: float) -> None:
-        self.trainer, self.settings, self.temperature = trainer, trainer.settings, temperature
-        self.accelerator, self.device = trainer.accelerator, trainer.accelerator.device
-        ranks, self.live = self.accelerator.num_processes, _LiveBytes(self.device)
-        self.share = -(-len(upcoming[0]) // ranks)
-        self.upcoming = [update[: self.share] for update in upcoming]
-        self.longest = sorted([*texts] * -(-self.share // len(texts)), key=_total, reverse=True)  # in any update
-        self.rows = min(self.share, self.settings.max_batch_size)
-        self.minibatch = min(self.share, max(1, self.settings.minibatch_size // ranks))
-        self.generator = torch.Generator(self.device).manual_seed(0)
-        # whether an optimizer step has passes that find the gradients of others
-        self.accumulates = len(self._passes(self.longest[: self.minibatch], self.minibatch)) > 1
-
-    def phases(self) -> list[Phase]:
-        """Those of an update, in their order."""
-        generate = self._generate()
-        observe = self._phase("observe", self._observe, at_once=self.rows)
-        score = self._phase("score", self._score, at_once=self.share)
-        learn, epochs = self._phase("learn", self._learn, at_once=self.minibatch), self.settings.epochs
-        _drop_gradients(self.trainer)
-        steps = mean(-(-len(update) // self.minibatch) for update in self.upcoming)
-        learn = learn._replace(seconds=epochs * (learn.seconds + steps * self._step_seconds()))
-        return [generate, observe, score, learn]
-
-    def _phase(self, name: str, run: Callable[[dict[str, Any]], None], *, at_once: int) -> Phase:
-        """Bytes of the largest pass, and an update's seconds; at_once is how many rows are cut into passes together."""
-        reading = self._reading(max(self._passes(self.longest, at_once), key=_padded))
-        with self.live:
-            for _ in range(2 if name == "learn" and self.accumulates else 1):
-                run(reading)
-        most = self.live.most
-        del reading
-        typical = max(self._passes(self.upcoming[0], at_once), key=_padded)
-        spent = self._median_seconds(partial(run, self._reading(typical)))
-        padded = mean(sum(map(_padded, self._passes(update, at_once))) for update in self.upcoming)
-        return Phase(name, most, spent * padded / _padded(typical))
-
-    def _passes(self, texts: Texts, at_once: int) -> list[Texts]:
-        """Cut texts into those of one pass over whole sequences."""
-        limits = {"max_rows": self.rows, "max_tokens": self.settings.max_batch_tokens}
-        groups = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
-        return [
-            [group[row] for row in rows] for group in groups for rows in split_rows([*map(_total, group)], **limits)
-        ]
-
-    def _reading(self, texts: Texts) -> dict[str, Any]:
-        """What ActorCritic reads: prompts with responses of random tokens."""
-        (ids, mask), (_, prompts, responses) = self._prompts(texts), torch.tensor(texts, device=self.device).T
-        sequences = self._random_ids(len(texts), max(map(_total, texts)))
-        sequences[:, : ids.shape[1]] = torch.where(mask, ids, sequences[:, : ids.shape[1]])
-        return {
-            "sequences": sequences, "prompt_lengths": prompts, "response_length": _widths(texts)[1],
-            "lengths": responses, "num_tokens": int(responses.sum()), "temperature": self.temperature,
-        }  # fmt: skip
-
-    def _prompts(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        ids, mask = self.trainer.prompts.select(torch.tensor([text.row for text in texts]))
-        return ids.to(self.device), mask.to(self.device)
-
-    def _random_ids(self, *shape: int) -> Tensor:
-        most = self.trainer.actor_critic.palm.num_tokens
-        return torch.randint(most, shape, generator=self.generator, device=self.device)
-
-    def _observe(self, reading: dict[str, Any]) -> None:
-        with self.accelerator.autocast():
-            self.trainer.actor_critic.observe(**reading)
-
-    @torch.no_grad()
-    def _score(self, reading: dict[str, Any]) -> None:
-        sequences, prompts, responses = (reading[name] for name in ("sequences", "prompt_lengths", "lengths"))
-        prompt_mask, mask = (lengths_to_mask(n, sequences.shape[1]) for n in (prompts, prompts + responses))
-        with evaluating(self.trainer.reward_model):
-            self.trainer.reward_model(sequences, prompt_mask=prompt_mask, mask=mask)
-
-    def _learn(self, reading: dict[str, Any]) -> None:
-        """Forward and backward pass by the losses that learning takes."""
-        settings, model = self.settings, self.trainer.learner.model.train()
-        if not self.accumulates:
-            _drop_gradients(self.trainer)
-        with self.accelerator.autocast():
-            out = model(**reading, entropy_grad=settings.entropy_coef != 0)
-        mask, ones = lengths_to_mask(reading["lengths"], reading["response_length"]), torch.ones_like(out.values)
-        policy = policy_loss(out.logprobs, out.logprobs.detach(), ones, mask, dual_clip=settings.dual_clip)
-        value = value_loss(out.values, out.values.detach(), ones, mask, value_clip=settings.value_clip)
-        loss = policy.loss + value.loss
-        if settings.entropy_coef != 0:
-            loss = loss - settings.entropy_coef * out.entropy.mean()
-        self.accelerator.backward(loss)
-
-    def _step_seconds(self) -> float:
-        """Of clipping and AdamW's step, from copies of as many trained numbers as are allowed."""
-        trained, copies, left = _trained(self.trainer), [], STEP_NUMBERS
-        for parameter in trained:
-            if left > 0:
-                copies.append(nn.Parameter(parameter.detach().flatten()[:left].clone()))
-                copies[-1].grad = torch.ones_like(copies[-1])
-                left -= copies[-1].numel()
-        optimizer = adamw([{"params": copies}], lr=1e-4)
-
-        def step() -> None:
-            nn.utils.clip_grad_norm_(copies, 1.0)
-            optimizer.step()
-
-        step()
-        share = sum(part.numel() for part in copies) / sum(parameter.numel() for parameter in trained)
-        return self._median_seconds(step) / share
-
-    def _generate(self) -> Phase:
-        """From the first steps after real prompts, and from steps where the last ones will be."""
-        largest = max(self._batches(self.longest), key=lambda texts: len(texts) * sum(_widths(texts)))
-        early, late = (self._decode(largest, late=late, count=True) for late in (False, True))
-        most = max(early.most + max(0, late.end - early.end), late.most)  # the first steps with room for all
-        batches = [self._batches(update) for update in self.upcoming]
-        timed = batches[0][0]
-        rounds: list[tuple[_Decoding, _Decoding]] = []
-        while len(rounds) < ROUNDS and sum(first.setup for first, _ in rounds) < ENOUGH_SECONDS:
-            rounds.append((self._decode(timed, late=False), self._decode(timed, late=True)))
-        setup = median(first.setup for first, _ in rounds) / sum(text.prompt for text in timed)
-        step = median(first.step + last.step for first, last in rounds) / 2 / len(timed)  # grows with the context
-        spent = 0.0
-        for texts in (texts for update in batches for texts in update):
-            spent += setup * sum(text.prompt for text in texts) + step * len(texts) * (_widths(texts)[1] - 1)
-        return Phase("generate", most, spent / len(batches))
-
-    def _batches(self, texts: Texts) -> list[Texts]:
-        """Texts that are generated together."""
-        return [[texts[row] for row in rows] for rows in split_rows([t.prompt for t in texts], max_rows=self.rows)]
-
-    def _decode(self, texts: Texts, *, late: bool, count: bool = False) -> "_Decoding":
-        """A few steps of a batch, the first or the last; these come after one long prompt for all rows, read once."""
-        width, room = _widths(texts)
-        steps = min(STEPS, room)
-        warm = WARM_STEPS if steps > 2 * WARM_STEPS else 1
-        prompts, mask = self._prompts(texts)
-        if late:
-            length = int(min(width + room, self.trainer.actor_critic.palm.max_length)) - steps
-            prompts, mask = self._random_ids(1, length).expand(len(texts), -1), mask.new_ones(len(texts), length)
-        live, ends, marks = self.live, [0], [_clock(self.device)]
-
-        def on_step() -> None:
-            marks.append(_clock(self.device) if len(marks) in (1, warm, steps) else 0.0)
-            ends.append(live.now)
-            if late and len(marks) == 2:
-                live.most = live.now  # to read so long a prompt is no part of the run
-
-        with live if count else nullcontext(), self.accelerator.autocast():
-            self.trainer.actor_critic.generate(
-                prompts, mask, max_new_tokens=steps, temperature=self.temperature, generator=self.generator,
-                on_step=on_step,
-            )  # fmt: skip
-        return _Decoding(marks[1] - marks[0], (marks[-1] - marks[warm]) / max(1, steps - warm), live.most, ends[-1])
-
-    def _median_seconds(self, run: Callable[[], None]) -> float:
-        found: list[float] = []
-        while len(found) < ROUNDS and sum(found) < ENOUGH_SECONDS:
-            started = _clock(self.device)
-            run()
-            found.append(_clock(self.device) - started)
-        return median(found)
-
-
-class _Decoding(NamedTuple):
-    """Seconds until the first token and of a later one; bytes at most and in the end."""
-
-    setup: float
-    step: float
-    most: int
-    end: int
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts bytes of tensors made inside while they live: now, and at most since it was last entered.
-
-    Views and what is written in place are nothing new. `resident` is the most memory in use after a large one was made.
+    Returns:
+        Bytes of the whole process on a CPU, of tensors on a CUDA device; and the device's, 0 where not known.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device, self.now, self.most, self.resident = device, 0, 0, 0
-        self.alive: dict[int, weakref.ref[Any]] = {}
-
-    def __enter__(self) -> Self:
-        self.most = self.now
-        super().__enter__()
-        return self
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if any(result.alias_info is None for result in func._schema.returns):
-            for made in tree_leaves(out):
-                if isinstance(made, Tensor):
-                    self._count(made)
-        return out
-
-    def _count(self, made: Tensor) -> None:
-        # oneDNN's own layout has no storage
-        memory: Any = made.untyped_storage() if made.layout == torch.strided else made
-        key, size = id(memory), memory.nbytes if memory is made else memory.nbytes()
-
-        def freed(_: object) -> None:
-            del self.alive[key]
-            self.now -= size
-
-        if key not in self.alive:
-            self.alive[key] = weakref.ref(memory, freed)
-            self.now += size
-            self.most = max(self.most, self.now)
-            if size >= LARGE:
-                self.resident = max(self.resident, _memory(self.device)[0])
-
-
-@contextmanager
-def _left_as_found(trainer: Trainer) -> Iterator[None]:
-    """Eval mode and no gradients inside; these, modes and random states are put back afterwards."""
-    device, states = trainer.accelerator.device, (random.getstate(), np.random.get_state())  # a judge may draw
-    gradients = [(parameter, parameter.grad) for parameter in trainer.actor_critic.parameters()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(trainer.learner.model):
-            _drop_gradients(trainer)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
-def _drop_gradients(trainer: Trainer) -> None:
-    for parameter in trainer.actor_critic.parameters():
-        parameter.grad = None
-
-
-def _trained(trainer: Trainer) -> list[nn.Parameter]:
-    return [*trainer.learner.actor.values(), *trainer.learner.critic.values()]
+    settings, palm, device = trainer.settings, trainer.actor_critic.palm, trainer.accelerator.device
+    longest = int(trainer.prompts.lengths.max())
+    longest = min(max_seq_len, longest + (max_new_tokens or max_seq_len))
+    rows = min(settings.max_batch_size, settings.minibatch_size)
+    tokens = max(longest, min(settings.max_batch_tokens, rows * longest))
+    row = int(trainer.prompts.lengths.argmin())
+    prompt = int(trainer.prompts.lengths[row])
+    short, long = ([Text(row, prompt, answer)] for answer in (SHORT, SHORT + FURTHER))
+    with left_as_found(trainer):
+        pieces = Pieces(trainer, short + long, [short], temperature)
+        pieces.learning_bytes(short)  # which makes the gradients
+        first, second = pieces.learning_bytes(short), pieces.learning_bytes(long)
+    learning = second + (second - first) / FURTHER * max(0, tokens - prompt - SHORT - FURTHER)
+    size = palm.token_emb.weight.element_size()
+    cache = 2 * settings.max_batch_size * longest * palm.config["dim_head"] * palm.depth * size
+    _, _, to_come = _models(trainer)
+    return memory_in_use(device)[0] + to_come + max(learning, cache), device_bytes_of(device)
 
 
 def _models(trainer: Trainer) -> tuple[int, int, int]:
@@ -395,50 +134,8 @@ def _models(trainer: Trainer) -> tuple[int, int, int]:
     modules = [part for part in (trainer.actor_critic, trainer.reward_model) if isinstance(part, nn.Module)]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    new = [parameter.nbytes for parameter in _trained(trainer) if not trainer.learner.optimizer.state.get(parameter)]
-    return sum(storages.values()), 2 * sum(parameter.nbytes for parameter in _trained(trainer)), 2 * sum(new)
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes in use, and the most so far where that is told: of tensors on CUDA, else of the process (on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device), 0
-    status = _kilobytes("/proc/self/status")
-    return status.get("VmRSS", 0), status.get("VmHWM", 0)
-
-
-def _device_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free, limit = _kilobytes("/proc/meminfo").get("MemAvailable", 0), Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.exists() else "max"  # of a container
-    here = free + _memory(device)[0] if free else 0
-    return min(here, int(allowed)) if allowed.isdigit() else here
-
-
-def _kilobytes(path: str) -> dict[str, int]:
-    """The sizes that a file of Linux's tells, in bytes; none elsewhere."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
-    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
-
-
-def _total(text: Text) -> int:
-    return text.prompt + text.response
-
-
-def _padded(texts: Texts) -> int:
-    return len(texts) * max(map(_total, texts))
-
-
-def _widths(texts: Texts) -> tuple[int, int]:
-    """The longest prompt and the longest response."""
-    return max(text.prompt for text in texts), max(text.response for text in texts)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    new = [parameter.nbytes for parameter in trained_by(trainer) if not trainer.learner.optimizer.state.get(parameter)]
+    return sum(storages.values()), 2 * sum(parameter.nbytes for parameter in trained_by(trainer)), 2 * sum(new)
 
 
 def _size(count: int) -> str:

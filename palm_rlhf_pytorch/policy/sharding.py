@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, PolicyOutput
 
 
 def asks_for_sharding(accelerator: Accelerator) -> bool:
@@ -76,6 +76,8 @@ class Sharding:
                 f"FSDP takes trained weights of one dtype, not {sorted(kinds)}: give actor and critic both an adapter,"
                 " both none, or a float32 palm"
             )
+        # FSDP hangs its hooks on outputs, and warns of views: this one comes before its own
+        twin.register_forward_hook(lambda module, given, out: PolicyOutput(*(tensor.clone() for tensor in out)))
         fully_shard(twin, mesh=mesh)
         self.model = twin
         self._empty()

@@ -28,7 +28,7 @@ from palm_rlhf_pytorch.policy.arguments import (
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.learning import Learner
-from palm_rlhf_pytorch.policy.plan import Plan, plan
+from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
 from palm_rlhf_pytorch.policy.preflight import Report, preflight
 from palm_rlhf_pytorch.policy.prompts import PromptBatch, one_prompt, padding_of, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
@@ -104,11 +104,10 @@ class PolicyTrainer:
 
         A fault is in the report, with its cause and remedy, and raises nothing. Arguments are those of `train`.
         """
+        room: dict[str, Any] = {"max_seq_len": max_seq_len, "max_new_tokens": max_new_tokens}
+        memory = partial(memory_to_learn, self, temperature=temperature, **room)
         with self.learner.whole():
-            return preflight(
-                self, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token,
-                temperature=temperature,
-            )  # fmt: skip
+            return preflight(self, eos_token=eos_token, temperature=temperature, memory=memory, **room)
 
     def plan(self, num_episodes: int = 50_000, **arguments: Any) -> Plan:
         """Memory and time of a call of `train` with these arguments, after timing a piece of each phase.

@@ -6,6 +6,7 @@ It is written beside under a hidden name, flushed to the disk, then renamed (tra
 Knows no trainer: what must be kept is the caller's to say.
 """
 
+import errno
 import math
 import os
 import warnings
@@ -130,9 +131,12 @@ def load_checkpoint(path: str | Path, *, kind: str) -> Checkpoint:
     the files do not reach them. A folder from a stranger runs no code.
 
     Raises:
+        FileNotFoundError: if there is nothing at path.
         CheckpointError: naming the file and what is wrong, and an earlier checkpoint beside it that is whole.
     """
     path = Path(path)
+    if not os.path.lexists(path) and not hidden(path, "replaced").is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no checkpoint at this path", str(path))
     try:
         return _load(path, kind)
     except CheckpointError as error:

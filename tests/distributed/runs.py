@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -47,7 +48,7 @@ def digest(tensors):
     """SHA-256 of tensors by name."""
     value = hashlib.sha256()
     for name in sorted(tensors):
-        value.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        value.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
     return value.hexdigest()
 
 
@@ -167,7 +168,9 @@ class OnOneRank:
     def __call__(self, sequences, *, prompt_mask, mask):
         scores = count_sevens(sequences, prompt_mask=prompt_mask, mask=mask)
         judged_before, self.rows = self.rows, self.rows + len(sequences)
-        return scores if rank() == 0 or judged_before < SHARE else FAULTS[self.fault](scores)
+        if rank() == 0 or judged_before < SHARE or (self.fault == "sigterm" and judged_before > SHARE):
+            return scores  # a second SIGTERM would be obeyed at once
+        return FAULTS[self.fault](scores)
 
 
 SHARE = CALL["update_timesteps"] // 2  # rows that a rank judges in an update
@@ -188,3 +191,36 @@ def _terminate(scores):
 
 
 FAULTS = {"raises": _raise, "hangs": _hang, "nan": lambda scores: scores * torch.nan, "sigterm": _terminate}
+
+
+def sharded_run(folder, *, run_dir, palm_options=None, **options):
+    """Two updates that also learn from older responses, an answer, the whole model, and a checkpoint of it all."""
+    trainer = make_trainer(run_dir=run_dir, palm_options=palm_options, max_staleness=1, **{**RUN, **options})
+    history = trainer.train(20, use_tqdm=False, **CALL)
+    outside = [weight.isnan().all().item() for weight in trainer.actor_critic.parameters()]
+    answer = trainer.generate(17, PROMPTS[0], num_samples=3, eos_token=EOS)
+    saved = Path(run_dir) / "saved"
+    trainer.save(saved)
+    try:
+        trainer.plan(20, **CALL)
+        refused = None
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "history": [without_time(line) for line in history], "weights": digest(trained(trainer)),
+        "model": digest(dict(trainer.export_palm().named_parameters())), "answer": answer.tolist(),
+        "sharded": [type(weight).__name__ for weight in trainer.learner.actor.values()], "empty": outside,
+        "refused": refused,
+    }  # fmt: skip
+
+
+def taken_up(folder, *, saved, palm_options=None, **options):
+    """One process that takes up a checkpoint, and goes on with it."""
+    trainer = make_trainer(palm_options=palm_options, max_staleness=1, **{**RUN, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.load(saved)
+    found = {"weights": digest(trained(trainer)), "model": digest(dict(trainer.export_palm().named_parameters()))}
+    steps = trainer.learner.steps
+    history = trainer.train(10, use_tqdm=False, **CALL)
+    return found | {"steps": trainer.learner.steps - steps, "history": history}

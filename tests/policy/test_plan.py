@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.policy import plan as module
-from palm_rlhf_pytorch.policy.plan import Phase, Plan, plan
+from palm_rlhf_pytorch.policy import pieces
+from palm_rlhf_pytorch.policy.footprint import LiveBytes
+from palm_rlhf_pytorch.policy.pieces import Phase
+from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 
 # conftest's palm: embedding, two layers (norm, 3 queries, key, value and 2 x 24 in, 18 + 24 out), norm
@@ -21,7 +23,7 @@ HEAD = 12 + 1
 
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch):
-    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(pieces, "ROUNDS", 1)
 
 
 def equal_prompts(number: int, length: int) -> Tensor:
@@ -58,7 +60,7 @@ def test_updates_and_experience_on_disk(make_trainer, lengths, responses):
 
 def test_times_are_those_of_the_pieces_by_the_passes_there_will_be(make_trainer, monkeypatch):
     ticks = count()
-    monkeypatch.setattr(module, "_clock", lambda device: float(next(ticks)))  # whatever is timed takes a second
+    monkeypatch.setattr(pieces, "clock", lambda device: float(next(ticks)))  # whatever is timed takes a second
     trainer = make_trainer(
         prompt_token_ids=equal_prompts(5, 2), max_batch_size=3, minibatch_size=4, max_batch_tokens=12, epochs=2
     )
@@ -87,7 +89,8 @@ def digest(trainer: RLHFTrainer) -> str:
     counters = [trainer.prompts.taken, trainer.rollouts, trainer.episodes, trainer.updates, trainer.learner.steps]
     rates = [group["lr"] for group in optimizer.param_groups]
     modes = [part.training for part in trainer.actor_critic.modules()]
-    randoms = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    words, place = np.random.get_state()[1:3]
+    randoms = (random.getstate(), words.tolist(), place, torch.get_rng_state().tolist())
     seen.update(repr((counters, rates, modes, randoms, trainer.normalizer.state())).encode())
     return seen.hexdigest()
 
@@ -125,7 +128,7 @@ def test_cache_of_generation_is_counted_at_its_full_length(make_trainer):
 
 def test_time_and_updates_grow_with_the_episodes(make_trainer, monkeypatch):
     ticks = count()
-    monkeypatch.setattr(module, "_clock", lambda device: float(next(ticks)))
+    monkeypatch.setattr(pieces, "clock", lambda device: float(next(ticks)))
     trainer = make_trainer()
     few, more, many = (plan(trainer, number, max_new_tokens=3, update_timesteps=5) for number in (5, 7, 12))
     assert few.updates < more.updates < many.updates
@@ -133,7 +136,7 @@ def test_time_and_updates_grow_with_the_episodes(make_trainer, monkeypatch):
 
 
 def test_live_bytes_are_counted_while_tensors_live():
-    with module._LiveBytes(torch.device("cpu")) as live:
+    with LiveBytes(torch.device("cpu")) as live:
         first = torch.zeros(100)
         views = first.view(10, 10).t()[2:]
         first += 1
@@ -172,3 +175,15 @@ def test_table_is_readable():
 def test_what_train_refuses_is_refused(make_trainer):
     with pytest.raises(ValueError, match="max_seq_len"):
         plan(make_trainer(), 5, max_seq_len=5)
+
+
+def test_memory_to_learn_grows_with_the_pass_by_what_a_token_holds(make_trainer):
+    trainer = make_trainer(prompt_token_ids=equal_prompts(3, 5), max_batch_tokens=10**6, minibatch_size=7)
+    found = {length: memory_to_learn(trainer, max_seq_len=length) for length in (200, 400, 800)}
+    needed = {length: figures[0] for length, figures in found.items()}
+    assert needed[200] < needed[400] < needed[800]
+    # seven rows; each token holds at least the inputs of two layers for each of actor and critic, 12 float32 each
+    assert needed[800] - needed[400] > 7 * 400 * 2 * 2 * 12 * 4
+    assert all(available > 0 for _, available in found.values())
+    bounded = make_trainer(prompt_token_ids=equal_prompts(3, 5), max_batch_tokens=400, minibatch_size=7)
+    assert memory_to_learn(bounded, max_seq_len=400)[0] < needed[400]

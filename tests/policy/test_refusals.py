@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
+from palm_rlhf_pytorch.reward.model import RewardModel
+
+IDS = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
 
 
 @pytest.mark.parametrize(
@@ -141,3 +145,70 @@ def test_load_gives_the_trainer_back(make_trainer, tmp_path):
     make_trainer().save(tmp_path / "trainer.pt")
     trainer = make_trainer()
     assert trainer.load(tmp_path / "trainer.pt") is trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompts": ["a"], "prompt_token_ids": IDS}, ValueError, "one source"),
+        ({"prompt_token_ids": IDS + 10}, ValueError, "id 19"),
+        ({"prompt_token_ids": IDS.float()}, TypeError, "integers"),
+        ({"seed": -1}, ValueError, r"seed \(-1\)"),
+        ({"seed": "zero"}, TypeError, "seed"),
+        ({"kl_div_loss_weight": 0.1}, TypeError, "kl_div_loss_weight"),
+        ({"eps_clip": -0.2}, ValueError, "eps_clip"),
+        ({"reward_model": "judge"}, TypeError, "reward_model"),
+        ({"actor_last_layers": 5}, ValueError, "last_layers"),
+    ],
+)
+def test_trainer_that_cannot_work_is_refused(make_trainer, options, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(**options)
+
+
+def test_no_prompts_are_refused(make_palm, judge):
+    with pytest.raises(ValueError, match="not none"):
+        RLHFTrainer(palm=make_palm(), reward_model=judge)
+
+
+def test_reward_model_of_another_vocabulary_is_refused(make_trainer, make_palm):
+    with pytest.raises(ValueError, match="reads 11 token ids, palm writes 13"):
+        make_trainer(reward_model=RewardModel(make_palm(num_tokens=11)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_seq_len": 5}, ValueError), ({"max_new_tokens": 0}, ValueError), ({"temperature": 0.0}, ValueError),
+        ({"eos_token": 13}, ValueError), ({"update_timesteps": 0}, ValueError), ({"num_episodes": -1}, ValueError),
+        ({"num_episodes": 2.5}, TypeError), ({"eos_token": "end"}, TypeError), ({"learning_rate": 1}, TypeError),
+    ],
+)  # fmt: skip
+def test_train_refuses_before_anything_is_sampled(make_trainer, options, error):
+    trainer = make_trainer()
+    with pytest.raises(error, match=next(iter(options))):
+        trainer.train(**{"num_episodes": 5, "max_seq_len": 9, "use_tqdm": False} | options)
+    assert trainer.rollouts == 0 and trainer.prompts.taken == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((3, IDS[0]), {}, ValueError, r"seq_len \(3\)"),
+        ((9, IDS), {}, ValueError, "one prompt"),
+        ((9, IDS[0][:0]), {}, ValueError, "shape"),
+        ((9, IDS[0] + 10), {}, ValueError, "id"),
+        ((9, IDS[0].float()), {}, TypeError, "integers"),
+        ((9, [3, 1, 4]), {}, TypeError, "prompt"),
+        ((9, IDS[0]), {"num_samples": 0}, ValueError, "num_samples"),
+        ((9, IDS[0]), {"temperature": -1.0}, ValueError, "temperature"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_answer(make_trainer, arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer().generate(*arguments, **options)
+
+
+def test_dropout_of_the_actor_is_warned_of_at_construction(make_trainer):
+    with pytest.warns(UserWarning, match="actor_dropout"):
+        make_trainer(actor_dropout=0.1)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from palm_rlhf_pytorch.palm.generation import Generation
-from palm_rlhf_pytorch.policy.answers import best_response
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.scores import (
     ScoreNormalizer,
@@ -128,12 +126,6 @@ def test_scores_that_are_not_finite_come_through_and_are_refused_by_row_where_al
     torch.testing.assert_close(found, torch.tensor([bad, bad, 1.0]), equal_nan=True)
     with pytest.raises(ValueError, match=r"update 4.*rows \[0, 1\]"):
         check_scores(found, 3, where="update 4")
-    tokens, mask = torch.tensor([[7, 1]]), torch.ones(1, 2, dtype=torch.bool)
-    out = [Generation(tokens, mask, torch.zeros(1, 2), torch.zeros(1, dtype=torch.bool))]
-    with pytest.raises(ValueError, match=r"generate.*rows \[0\]"):
-        best_response(
-            lambda seq, **masks: torch.tensor([bad]), tokens[0], out, max_batch_size=8, max_batch_tokens=9999
-        )
 
 
 def count(scores, *, max_dropped=0.1, **options):
@@ -233,23 +225,6 @@ def test_error_of_a_judge_keeps_its_type_and_says_where():
     assert any("rows [2] of update 4" in note for note in raised.value.__notes__)
 
 
-def test_best_response_is_cut_at_its_end(judge):
-    tokens = torch.tensor([[7, 1, 1], [7, 7, 7], [7, 7, 5]])
-    mask = torch.tensor([[True] * 3, [True, False, False], [True] * 3])
-    out = [Generation(tokens, mask, torch.zeros(3, 3), torch.zeros(3, dtype=torch.bool))]
-    for batch in (1, 8):
-        best = best_response(judge, torch.tensor([7, 4]), out, max_batch_size=batch, max_batch_tokens=9999)
-        assert best.tolist() == [7, 4, 7, 7, 5]
-    shortest = best_response(
-        lambda seq, *, prompt_mask, mask: -mask.sum(dim=-1).float(),
-        torch.tensor([7, 4]),
-        out,
-        max_batch_size=8,
-        max_batch_tokens=9,
-    )
-    assert shortest.tolist() == [7, 4, 7]
-
-
 def fit(normalizer, scores, counted=None):
     scores = torch.as_tensor(scores)
     counted = torch.ones(len(scores), dtype=torch.bool) if counted is None else torch.tensor(counted)
@@ -310,9 +285,7 @@ def test_missing_eos_costs_nothing_where_no_token_ends_a_response():
 
 
 def learnt(rollout, counted, normalizer):
-    return learnt_scores(
-        rollout, torch.tensor(counted), normalizer, penalty=1.0, replacement=None, reduce=identity
-    )
+    return learnt_scores(rollout, torch.tensor(counted), normalizer, penalty=1.0, replacement=None, reduce=identity)
 
 
 def test_learnt_scores_are_normalised_before_they_are_penalised():

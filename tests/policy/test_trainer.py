@@ -1,4 +1,4 @@
-"""RLHFTrainer: its three steps and their composition, what it leaves untouched, and what it refuses."""
+"""RLHFTrainer: its steps and their composition, what it leaves untouched, its judges and its prompts."""
 
 import random
 import warnings
@@ -7,26 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
 
-from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
+from palm_rlhf_pytorch.policy.preflight import PreflightError
 from palm_rlhf_pytorch.reward.model import RewardModel
-from palm_rlhf_pytorch.training.metrics import GLOSSARY, read_metrics
+from tests.policy.helpers import same, weights, without_time
 
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
 QUICK = {"max_seq_len": 9, "max_new_tokens": 4, "update_timesteps": 5, "use_tqdm": False}
-
-
-def without_time(history):
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in history]
-
-
-def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.actor_critic.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 # training
@@ -107,10 +94,10 @@ def test_global_random_states_are_left_alone(make_trainer, make_palm):
 def test_what_is_left_of_the_episodes_is_learnt_too(make_trainer):
     trainer = make_trainer()
     sizes = []
-    learn = trainer.learn
-    trainer.learn = lambda rollout: sizes.append(len(rollout.sequences)) or learn(rollout)
+    learn = trainer.learn_from
+    trainer.learn_from = lambda source, **how: sizes.append((len(source), how["num_fresh"])) or learn(source, **how)
     history = trainer.train(12, **QUICK)
-    assert sizes == [5, 5, 2]
+    assert sizes == [(5, 5), (5, 5), (2, 2)]
     assert [line["episodes"] for line in history] == [5, 10, 12]
 
 
@@ -195,99 +182,11 @@ def test_prompts_that_hold_the_eos_are_answered_in_full(make_trainer):
 
 def test_row_budgets_follow_from_each_prompts_length(make_trainer):
     trainer = make_trainer()
-    ids, mask = trainer.next_prompts(5)
+    ids, mask, _ = trainer.next_prompts(5)
     rollout = trainer.rollout(ids, mask, max_seq_len=7)
     assert torch.equal(rollout.prompt_lengths + rollout.lengths, torch.full((5,), 7))
     rollout = trainer.rollout(ids, mask, max_seq_len=7, max_new_tokens=3)
     assert torch.equal(rollout.lengths, (7 - mask.sum(dim=-1)).clamp(max=3))
-
-
-# precision and accelerate
-
-
-def test_accumulation_steps_of_accelerate_change_nothing(make_trainer):
-    plain = make_trainer(max_batch_size=2)
-    history = plain.train(10, **QUICK)
-    accumulated = make_trainer(max_batch_size=2, accelerate_kwargs={"gradient_accumulation_steps": 4, "cpu": True})
-    other = accumulated.train(10, **QUICK)
-    for first, second in zip(without_time(history), without_time(other), strict=True):
-        assert first == pytest.approx(second, rel=1e-5, abs=1e-6)
-    for name, tensor in weights(plain).items():
-        torch.testing.assert_close(weights(accumulated)[name], tensor, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("flash_attn", [True, False])
-def test_bfloat16_autocast_starts_near_ratio_one(make_trainer, make_palm, flash_attn):
-    trainer = make_trainer(
-        make_palm(flash_attn=flash_attn), accelerate_kwargs={"mixed_precision": "bf16", "cpu": True}, epochs=1,
-        minibatch_size=64, max_batch_size=3,
-    )  # fmt: skip
-    history = trainer.train(24, **QUICK | {"update_timesteps": 12}, temperature=0.7)
-    for line in history:
-        assert line["policy/ratio_max"] == pytest.approx(1.0, abs=2e-2)
-        assert line["policy/ratio_mean"] == pytest.approx(1.0, abs=2e-2)
-        assert line["rollout/sampler_logprob_diff_max"] < 0.1
-    assert history[0]["objective/kl"] == 0.0
-    assert {tensor.dtype for tensor in weights(trainer).values()} == {torch.float32}
-    assert trainer.generate(6, IDS[0]).shape == (6,)
-
-
-def test_bfloat16_palm_trains_with_float32_adapters(make_trainer, make_palm):
-    palm = make_palm().bfloat16()
-    trainer = make_trainer(palm)
-    start = weights(trainer)
-    history = trainer.train(10, **QUICK)
-    assert history[0]["objective/kl"] == 0.0 and all(np.isfinite(value) for value in history[-1].values())
-    trained = trainer.actor_critic.actor_parameters() | trainer.actor_critic.critic_parameters()
-    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
-    assert all(not torch.equal(parameter, start[name]) for name, parameter in trained.items())
-    states = trainer.learner.optimizer.state.values()
-    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
-    assert trainer.export_palm().token_emb.weight.dtype == torch.bfloat16
-
-
-class Notebook(GeneralTracker):
-    """A tracker that, like some real ones, takes plain values only."""
-
-    name = "notebook"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__()
-        self.config, self.lines = {}, []
-
-    @property
-    def tracker(self):
-        return self
-
-    def store_init_configuration(self, values):
-        assert all(isinstance(value, int | float | str | bool) for value in values.values())
-        self.config = values
-
-    def log(self, values, step=None, **kwargs):
-        self.lines.append((step, values))
-
-
-def test_metrics_reach_file_and_tracker_line_by_line(make_trainer, tmp_path):
-    notebook, path = Notebook(), tmp_path / "run" / "metrics.jsonl"
-    trainer = make_trainer(metrics_path=path, accelerate_kwargs={"log_with": notebook, "cpu": True}, kl_coef=0.125)
-    history = trainer.train(10, **QUICK)
-    history += trainer.train(5, **QUICK)
-    lines = read_metrics(path)
-    assert [line.pop("step") for line in lines] == [1, 2, 3]
-    assert lines == history
-    assert notebook.lines == list(enumerate(history, start=1))
-    assert notebook.config["kl_coef"] == "0.125" and notebook.config["seed"] == 0
-    assert all(line.keys() <= GLOSSARY.keys() for line in history)
-    assert {name for name in GLOSSARY if not name.startswith(("train/", "eval/", "step"))} == history[0].keys()
-
-
-def test_nothing_is_printed_unless_asked_for(make_trainer, capsys):
-    make_trainer().train(10, **QUICK)
-    assert capsys.readouterr() == ("", "")
-    make_trainer().train(10, **QUICK | {"use_tqdm": True})
-    printed = capsys.readouterr()
-    assert printed.out == "" and "10/10" in printed.err
 
 
 # judges
@@ -330,14 +229,14 @@ def test_error_of_a_judge_passes_through_with_its_update(make_trainer):
         return torch.zeros(len(sequences))
 
     with pytest.raises(KeyError, match="no such word") as raised:
-        make_trainer(reward_model=judge).train(10, **QUICK)
-    assert any("update 2" in note for note in raised.value.__notes__)
+        make_trainer(reward_model=judge).train(10, **QUICK, preflight=False)
+    assert any("update 2, to prompts [" in note for note in raised.value.__notes__)
 
 
 @pytest.mark.parametrize(
     ("scores", "error", "message"),
     [
-        (torch.tensor([0.0, 1.0, float("nan"), 0.0, float("inf")]), ValueError, r"rows \[2, 4\]"),
+        (torch.tensor([0.0, 1.0, float("nan"), 0.0, float("inf")]), ValueError, r"2 of 5.*responses \[2, 4\]"),
         (torch.zeros(5, 1), ValueError, r"must be \(5,\)"),
         ([0.0] * 5, TypeError, "list"),
     ],
@@ -346,8 +245,10 @@ def test_scores_that_cannot_be_learnt_from_change_no_weight(make_trainer, scores
     trainer = make_trainer(reward_model=lambda seq, **masks: scores)
     before = weights(trainer)
     with pytest.raises(error, match=message):
-        trainer.train(5, **QUICK)
+        trainer.train(5, **QUICK, preflight=False)
     assert same(before, weights(trainer)) and trainer.normalizer.mean is None
+    with pytest.raises(PreflightError, match="judge's scores"):  # which says so before anything is sampled
+        make_trainer(reward_model=trainer.reward_model).train(5, **QUICK)
 
 
 def test_rollout_without_scores_is_not_learnt_from(make_trainer):
@@ -356,61 +257,6 @@ def test_rollout_without_scores_is_not_learnt_from(make_trainer):
     with pytest.raises(ValueError, match="no scores"):
         trainer.learn(rollout)
     assert trainer.learn(rollout._replace(scores=torch.arange(5)))["reward/score"] == 2.0
-
-
-# best of n, and the improved model
-
-
-def test_generate_returns_prompt_and_best_response(make_trainer, judge):
-    trainer = make_trainer()
-    found = trainer.generate(12, IDS[0], num_samples=50, temperature=1.5)
-    assert found.shape == (12,) and torch.equal(found[:3], IDS[0])
-    single = [int((trainer.generate(12, IDS[0], num_samples=1, temperature=1.5)[3:] == 7).sum()) for _ in range(10)]
-    assert int((found[3:] == 7).sum()) > sum(single) / 10 + 1
-
-
-def test_generate_ends_with_the_eos_and_drops_padding(make_trainer):
-    trainer = make_trainer(reward_model=lambda seq, *, prompt_mask, mask: -mask.sum(dim=-1).float())
-    padded = torch.tensor([7, 3, 0, 1, 0, 0])
-    found = trainer.generate(20, padded, num_samples=40, eos_token=7, pad_value=0)
-    assert found[:4].tolist() == [7, 3, 0, 1] and found[-1] == 7 and 7 not in found[4:-1]
-    assert trainer.generate(20, padded, num_samples=2)[:6].tolist() == padded.tolist()
-
-
-def test_generate_is_greedy_at_temperature_zero_and_follows_a_generator(make_trainer):
-    trainer = make_trainer()
-    greedy = trainer.generate(9, IDS[1], num_samples=1, temperature=0.0)
-    assert torch.equal(greedy[3:], trainer.export_palm().generate(9, IDS[1], temperature=0.0))
-    first, second = (trainer.generate(9, IDS[1], generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert len({tuple(trainer.generate(9, IDS[1], num_samples=1).tolist()) for _ in range(8)}) > 1
-
-
-def test_looking_at_samples_does_not_change_the_training(make_trainer):
-    looked, plain = make_trainer(), make_trainer()
-    looked.train(5, **QUICK)
-    looked.generate(6, IDS[0])
-    plain.train(5, **QUICK)
-    assert without_time(looked.train(5, **QUICK)) == without_time(plain.train(5, **QUICK))
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_exported_palm_is_the_trained_actor(make_trainer, make_palm, lora, tmp_path):
-    palm = make_palm()
-    trainer = make_trainer(palm, actor_lora=lora)
-    trainer.train(10, **QUICK)
-    exported = trainer.export_palm()
-    rollout = trainer.rollout(*trainer.next_prompts(5), max_new_tokens=4)
-    logits = exported(rollout.sequences)
-    found = logits.log_softmax(dim=-1)[:, :-1].gather(-1, rollout.sequences[:, 1:, None])[..., 0]
-    for row, start in enumerate(rollout.prompt_lengths.tolist()):
-        steps = int(rollout.lengths[row])
-        expected = rollout.logprobs[row, :steps]
-        torch.testing.assert_close(found[row, start - 1 : start - 1 + steps], expected, atol=1e-5, rtol=0)
-    assert (logits - palm(rollout.sequences)).abs().max() > 1e-3
-    assert not exported.training and exported.config == palm.config
-    exported.save(tmp_path / "better.pt")
-    assert torch.equal(make_palm(seed=8).load(tmp_path / "better.pt").eval()(IDS), exported(IDS))
 
 
 # sources of prompts
@@ -428,7 +274,7 @@ def test_prompts_come_as_text_or_from_a_file(make_trainer, tmp_path):
     path.write_text("one two\n\nthree\n\n", encoding="utf-8")
     for source in ({"prompts": ["one two", "three"]}, {"prompts_path": path}):
         trainer = make_trainer(tokenizer=Words(), **source)
-        ids, mask = trainer.next_prompts(2)
+        ids, mask, _ = trainer.next_prompts(2)
         assert sorted(row[real].tolist() for row, real in zip(ids, mask, strict=True)) == [[3, 3], [5]]
         trainer.train(4, **QUICK)
 
@@ -439,73 +285,3 @@ def test_prompts_may_be_padded_on_the_left_by_a_mask(make_trainer):
     listed = make_trainer(prompt_token_ids=[torch.tensor([4]), torch.tensor([2, 3]), torch.tensor([8, 0, 1])])
     masked = make_trainer(prompt_token_ids=ids, prompt_mask=mask)
     assert without_time(masked.train(6, **QUICK)) == without_time(listed.train(6, **QUICK))
-
-
-# refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"prompts": ["a"], "prompt_token_ids": IDS}, ValueError, "one source"),
-        ({"prompt_token_ids": IDS + 10}, ValueError, "id 19"),
-        ({"prompt_token_ids": IDS.float()}, TypeError, "integers"),
-        ({"seed": -1}, ValueError, r"seed \(-1\)"),
-        ({"seed": "zero"}, TypeError, "seed"),
-        ({"kl_div_loss_weight": 0.1}, TypeError, "kl_div_loss_weight"),
-        ({"eps_clip": -0.2}, ValueError, "eps_clip"),
-        ({"reward_model": "judge"}, TypeError, "reward_model"),
-        ({"actor_last_layers": 5}, ValueError, "last_layers"),
-    ],
-)
-def test_trainer_that_cannot_work_is_refused(make_trainer, options, error, message):
-    with pytest.raises(error, match=message):
-        make_trainer(**options)
-
-
-def test_no_prompts_are_refused(make_palm, judge):
-    with pytest.raises(ValueError, match="not none"):
-        RLHFTrainer(palm=make_palm(), reward_model=judge)
-
-
-def test_reward_model_of_another_vocabulary_is_refused(make_trainer, make_palm):
-    with pytest.raises(ValueError, match="reads 11 token ids, palm writes 13"):
-        make_trainer(reward_model=RewardModel(make_palm(num_tokens=11)))
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"max_seq_len": 5}, ValueError), ({"max_new_tokens": 0}, ValueError), ({"temperature": 0.0}, ValueError),
-        ({"eos_token": 13}, ValueError), ({"update_timesteps": 0}, ValueError), ({"num_episodes": -1}, ValueError),
-        ({"num_episodes": 2.5}, TypeError), ({"eos_token": "end"}, TypeError), ({"learning_rate": 1}, TypeError),
-    ],
-)  # fmt: skip
-def test_train_refuses_before_anything_is_sampled(make_trainer, options, error):
-    trainer = make_trainer()
-    with pytest.raises(error, match=next(iter(options))):
-        trainer.train(**{"num_episodes": 5, "max_seq_len": 9, "use_tqdm": False} | options)
-    assert trainer.rollouts == 0 and trainer.prompts.taken == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((3, IDS[0]), {}, ValueError, r"seq_len \(3\)"),
-        ((9, IDS), {}, ValueError, "one prompt"),
-        ((9, IDS[0][:0]), {}, ValueError, "shape"),
-        ((9, IDS[0] + 10), {}, ValueError, "id"),
-        ((9, IDS[0].float()), {}, TypeError, "integers"),
-        ((9, [3, 1, 4]), {}, TypeError, "prompt"),
-        ((9, IDS[0]), {"num_samples": 0}, ValueError, "num_samples"),
-        ((9, IDS[0]), {"temperature": -1.0}, ValueError, "temperature"),
-    ],
-)
-def test_generate_refuses_what_it_cannot_answer(make_trainer, arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        make_trainer().generate(*arguments, **options)
-
-
-def test_dropout_of_the_actor_is_warned_of_at_construction(make_trainer):
-    with pytest.warns(UserWarning, match="actor_dropout"):
-        make_trainer(actor_dropout=0.1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from palm_rlhf_pytorch.training.tensor_file import load_tensors
+from palm_rlhf_pytorch.training import folder
+from palm_rlhf_pytorch.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 SETTINGS = {"target_kl_nats_per_response": 0.5, "kl_horizon": 50, "kl_coef": 0.2}
 
@@ -34,10 +35,9 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_resumed_run_is_the_run_that_never_stopped(make_trainer, tmp_path, lora, suffix):
+def test_resumed_run_is_the_run_that_never_stopped(make_trainer, tmp_path, lora):
     options = {"actor_lora": lora, "critic_lora": lora, **SETTINGS}
-    path = tmp_path / f"trainer.{suffix}"
+    path = tmp_path / "trainer"
     whole = make_trainer(seed=5, **options)
     for _ in range(2):
         step(whole)
@@ -55,8 +55,8 @@ def test_training_call_goes_on_as_well(make_trainer, tmp_path):
     options = {"max_new_tokens": 3, "update_timesteps": 4, "use_tqdm": False}
     whole, resumed = make_trainer(), make_trainer()
     whole.train(8, **options)
-    whole.save(tmp_path / "trainer.pt")
-    resumed.load(tmp_path / "trainer.pt")
+    whole.save(tmp_path / "trainer")
+    resumed.load(tmp_path / "trainer")
     for first, second in zip(whole.train(8, **options), resumed.train(8, **options), strict=True):
         assert {n: v for n, v in first.items() if "perf" not in n} == {
             n: v for n, v in second.items() if "perf" not in n
@@ -67,9 +67,9 @@ def test_training_call_goes_on_as_well(make_trainer, tmp_path):
 
 def test_state_saved_before_any_step_clears_the_optimizer(make_trainer, tmp_path):
     fresh, used = make_trainer(), make_trainer()
-    fresh.save(tmp_path / "trainer.pt")
+    fresh.save(tmp_path / "trainer")
     step(used)
-    used.load(tmp_path / "trainer.pt")
+    used.load(tmp_path / "trainer")
     assert same(state(used), state(fresh))
     assert step(used) == step(fresh)
 
@@ -77,9 +77,9 @@ def test_state_saved_before_any_step_clears_the_optimizer(make_trainer, tmp_path
 def test_loaded_moments_are_the_trainers_own(make_trainer, tmp_path):
     first = make_trainer()
     step(first)
-    first.save(tmp_path / "trainer.pt")
+    first.save(tmp_path / "trainer")
     loaded = make_trainer()
-    loaded.load(tmp_path / "trainer.pt")
+    loaded.load(tmp_path / "trainer")
     kept = state(first)
     step(loaded)
     assert same(state(first), kept)
@@ -88,22 +88,23 @@ def test_loaded_moments_are_the_trainers_own(make_trainer, tmp_path):
 def test_checkpoint_holds_what_is_trained_and_not_the_frozen_trunk(make_trainer, tmp_path):
     trainer = make_trainer()
     step(trainer)
-    trainer.save(tmp_path / "trainer.pt")
-    checkpoint = load_tensors(tmp_path / "trainer.pt")
+    trainer.save(tmp_path / "trainer")
+    checkpoint = load_checkpoint(tmp_path / "trainer", kind="RLHFTrainer")
     trained = trainer.actor_critic.actor_parameters() | trainer.actor_critic.critic_parameters()
-    names = {f"model.{name}" for name in trained}
-    moments = {f"optimizer.{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq", "step") for name in trained}
-    assert checkpoint.tensors.keys() == names | moments
-    assert checkpoint.config["settings"] == trainer.settings.plain()
-    assert checkpoint.config["palm"]["num_tokens"] == 13
+    moments = {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq", "step") for name in trained}
+    assert checkpoint.tensors["model"].keys() == trained.keys()
+    assert checkpoint.tensors["optimizer"].keys() == moments
+    assert checkpoint.tensors.keys() == {"model", "optimizer"} and not checkpoint.files
+    assert checkpoint.values["settings"] == trainer.settings.plain()
+    assert checkpoint.values["palm"]["num_tokens"] == 13
 
 
 def test_learning_rates_and_batch_size_may_differ(make_trainer, tmp_path):
     first = make_trainer()
     step(first)
-    first.save(tmp_path / "trainer.pt")
+    first.save(tmp_path / "trainer")
     other = make_trainer(actor_lr=1e-5, max_batch_size=2)
-    other.load(tmp_path / "trainer.pt")
+    other.load(tmp_path / "trainer")
     history = other.train(4, max_new_tokens=2, use_tqdm=False)
     assert history[0]["policy/lr"] == 1e-5
 
@@ -122,45 +123,49 @@ def test_learning_rates_and_batch_size_may_differ(make_trainer, tmp_path):
 def test_file_of_another_run_is_refused_and_nothing_changes(make_trainer, make_palm, tmp_path, other, message):
     trainer = make_trainer()
     step(trainer)
-    trainer.save(tmp_path / "trainer.pt")
+    trainer.save(tmp_path / "trainer")
     different = make_trainer(make_palm(seed=other.pop("palm_seed", 0)), **other)
     step(different)
     before = state(different)
     before = {name: tensor.clone() for name, tensor in before[0].items()}, before[1]
     with pytest.raises(ValueError, match=message):
-        different.load(tmp_path / "trainer.pt")
+        different.load(tmp_path / "trainer")
     assert same(state(different), before)
 
 
-def test_damaged_foreign_and_missing_files_are_refused(make_trainer, make_palm, tmp_path):
+def test_damaged_foreign_and_missing_checkpoints_are_refused_and_nothing_changes(make_trainer, make_palm, tmp_path):
     trainer = make_trainer()
     step(trainer)
-    trainer.save(tmp_path / "trainer.pt")
-    content = (tmp_path / "trainer.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="cut.pt"):
-        trainer.load(tmp_path / "cut.pt")
+    trainer.save(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    save_checkpoint(tmp_path / "other", kind="Trainer", step=3, values={}, tensors={})
     make_palm().save(tmp_path / "palm.pt")
-    with pytest.raises(ValueError, match="'PaLM', expected 'RLHFTrainer'"):
-        trainer.load(tmp_path / "palm.pt")
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="not a trainer's checkpoint"):
-        trainer.load(tmp_path / "bare.pt")
-    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
-        trainer.load(tmp_path / "nowhere.pt")
+    (tmp_path / "bare").mkdir()
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "bare" / "trainer.pt")
+    before = state(trainer)
+    before = {name: tensor.clone() for name, tensor in before[0].items()}, before[1]
+    for name, message in {
+        "cut": "cut.*model.safetensors", "other": "'Trainer'.*'RLHFTrainer'", "palm.pt": "palm.pt", "bare": "manifest",
+    }.items():  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            trainer.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        trainer.load(tmp_path / "nowhere")
+    assert same(state(trainer), before)
 
 
-def test_failed_save_leaves_the_file_that_was_there(make_trainer, tmp_path, monkeypatch):
+def test_failed_save_leaves_the_checkpoint_that_was_there(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer()
-    trainer.save(tmp_path / "trainer.pt")
-    content = (tmp_path / "trainer.pt").read_bytes()
+    trainer.save(tmp_path / "trainer")
+    content = {file.name: file.read_bytes() for file in (tmp_path / "trainer").iterdir()}
     step(trainer)
 
     def broken(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(folder.os, "fsync", broken)
     with pytest.raises(OSError, match="disk full"):
-        trainer.save(tmp_path / "trainer.pt")
-    assert (tmp_path / "trainer.pt").read_bytes() == content
-    assert [file.name for file in tmp_path.iterdir()] == ["trainer.pt"]
+        trainer.save(tmp_path / "trainer")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "trainer").iterdir()} == content
+    assert [file.name for file in tmp_path.iterdir()] == ["trainer"]

@@ -56,7 +56,7 @@ def test_modes_of_a_judge_come_back_after_its_error(make_trainer):
 
     judge = Broken()
     with pytest.raises(OSError, match="no answer"):
-        make_trainer(reward_model=judge).train(4, max_new_tokens=2, use_tqdm=False)
+        make_trainer(reward_model=judge).train(4, max_new_tokens=2, preflight=False, use_tqdm=False)
     assert [module.training for module in (judge, judge.live, judge.still)] == [True, True, False]
 
 
