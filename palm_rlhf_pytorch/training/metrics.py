@@ -72,6 +72,7 @@ GLOSSARY: dict[str, str] = {
     "train/loss": "loss the model returned, mean over the optimizer step and all processes",
     "train/lr": "learning rate of this step",
     "train/grad_norm": "norm of the gradient before clipping",
+    "train/skipped_steps": "steps left out so far because loss or gradient norm was not finite",
     "train/tokens_per_second": "token ids in the batches of this step, over all processes, per second",
     "eval/loss": "the same loss on held-out data",
     "eval/bits_per_byte": "held-out cross entropy in bits, per byte of text",

@@ -4,7 +4,7 @@ Knows an optimizer and parameters by name, not what is learnt.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -39,6 +39,14 @@ class Saves:
     stopped: str | None = None
 
 
+@dataclass
+class Skips:
+    """Steps left out because a number was not finite: all of them, and those since the last good one."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+
 class Keeper:
     """Saves a call of `fit`, brings it back, and listens for signals meanwhile; without `saves` it does nothing."""
 
@@ -53,7 +61,7 @@ class Keeper:
     ) -> None:
         chosen = {id(parameter) for parameter in trained}
         self.parameters = {name: weight for name, weight in model.named_parameters() if id(weight) in chosen}
-        self.saves, self.optimizer, self.plan = saves, optimizer, plan
+        self.saves, self.optimizer, self.plan, self.skips = saves, optimizer, plan, Skips()
         self.ranks = Ranks(accelerator)
         self.stop = StopSignal(self.ranks, enabled=saves is not None)
 
@@ -84,6 +92,7 @@ class Keeper:
             self._take(found)
             for _ in range(done * self.plan["accumulate"]):
                 next(source)  # learnt from already
+            self.skips = Skips(**found.values["skips"])
             set_random_states(found.values["random"][self.ranks.rank])
         return done
 
@@ -120,7 +129,11 @@ class Keeper:
         moments = self.optimizer.state_dict()["state"]
         optimizer = {f"{number}.{name}": value for number, named in moments.items() for name, value in named.items()}
         return {
-            "values": {"plan": self.plan, "random": self.ranks.gather_values(random_states())},
+            "values": {
+                "plan": self.plan,
+                "skips": asdict(self.skips),
+                "random": self.ranks.gather_values(random_states()),
+            },
             "tensors": {
                 "model": {name: weight.detach() for name, weight in self.parameters.items()},
                 "optimizer": optimizer,

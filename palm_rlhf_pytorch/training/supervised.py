@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups, scale_learning_rates, warmup_cosine
-from palm_rlhf_pytorch.training.saves import Keeper, Saves
+from palm_rlhf_pytorch.training.saves import Keeper, Saves, Skips
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -33,6 +33,7 @@ def fit(
     warmup_steps: int = 0,
     max_norm: float | None = 1.0,
     accumulate: int = 1,
+    max_skipped_steps: int = 3,
     accelerator: Accelerator | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
@@ -58,6 +59,8 @@ def fit(
         warmup_steps: steps until the peak.
         max_norm: gradients are scaled down to this norm; None leaves them, 1.0 is common.
         accumulate: batches an optimizer step.
+        max_skipped_steps: a step whose loss or gradient norm is not finite is left out, the weights as they were, bit
+            for bit; so many in a row end the call.
         accelerator: places the model and the batches, averages over processes, chooses precision; None: stay put.
         evaluate: called in eval mode without gradients, on every process; gives `eval/...` metrics.
         eval_every: evaluate every so many steps; the last step always does.
@@ -73,10 +76,12 @@ def fit(
         The metrics of the last step and the last evaluation.
 
     Raises:
-        ValueError: if a number is out of range, the batches run out, the model gives no scalar loss, or loss or
-            gradient is not finite. The weights are then those of the step before, bit for bit.
+        ValueError: if a number is out of range, the batches run out, the model gives no scalar loss, or too many steps
+            in a row are not finite. The weights are then those of the last good step, bit for bit.
     """
-    _check_counts(num_steps=num_steps, accumulate=accumulate, eval_every=eval_every)
+    _check_counts(
+        num_steps=num_steps, accumulate=accumulate, max_skipped_steps=max_skipped_steps, eval_every=eval_every
+    )
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm ({max_norm}) must be positive; None leaves gradients as they are")
     if accelerator is not None:
@@ -97,10 +102,10 @@ def fit(
             factor = warmup_cosine(step, num_steps, warmup_steps=warmup_steps)
             scale_learning_rates(optimizer, factor)
             loss, num_tokens = _add_gradients(run, source, accumulate, accelerator, place)
-            grad_norm = _clip(trained, max_norm, accelerator, place)
-            optimizer.step()
-            optimizer.zero_grad()
+            grad_norm = _clip(trained, max_norm, accelerator)
+            _step(optimizer, keeper.skips, loss, grad_norm, accelerator, place, max_skipped_steps)
             line = {"train/loss": loss, "train/lr": lr * factor, "train/grad_norm": grad_norm}
+            line["train/skipped_steps"] = float(keeper.skips.total)
             if num_tokens:
                 line["train/tokens_per_second"] = num_tokens / (time.perf_counter() - started)
             if evaluate is not None and (step == num_steps or (eval_every is not None and step % eval_every == 0)):
@@ -138,21 +143,39 @@ def _add_gradients(
     if accelerator is not None:  # one process's nan becomes everyone's, so all of them stop
         total = accelerator.reduce(total, reduction="mean")
         num_tokens *= accelerator.num_processes
-    mean = float(total)
-    if not math.isfinite(mean):
-        raise ValueError(f"the loss is {mean} at {place}; weights are unchanged by it: lower lr, or look at the batch")
-    return mean, num_tokens
+    return float(total), num_tokens
 
 
-def _clip(trained: list[nn.Parameter], max_norm: float | None, accelerator: Accelerator | None, place: str) -> float:
+def _clip(trained: list[nn.Parameter], max_norm: float | None, accelerator: Accelerator | None) -> float:
     """Scale the gradients down to max_norm; their norm before that."""
     limit = math.inf if max_norm is None else max_norm
     clip = nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
-    norm = float(clip(trained, limit))
+    return float(clip(trained, limit))
+
+
+def _step(
+    optimizer: Optimizer,
+    skips: Skips,
+    loss: float,
+    grad_norm: float,
+    accelerator: Accelerator | None,
+    place: str,
+    max_skipped_steps: int,
+) -> None:
+    """Take the step if its numbers are finite; else leave the weights as they are, and count it."""
     scaled = accelerator is not None and accelerator.scaler is not None  # float16: the scaler skips such steps itself
-    if not math.isfinite(norm) and not scaled:
-        raise ValueError(f"the gradient's norm is {norm} at {place}; weights are unchanged by it: lower lr")
-    return norm
+    figures = {"loss": loss} if scaled else {"loss": loss, "gradient's norm": grad_norm}
+    broken = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+    if scaled or broken is None:
+        optimizer.step()
+    optimizer.zero_grad()
+    skips.in_a_row = 0 if broken is None else skips.in_a_row + 1
+    skips.total += broken is not None
+    if broken is not None and skips.in_a_row >= max_skipped_steps:
+        raise ValueError(
+            f"the {broken} is {figures[broken]} at {place}, the {skips.in_a_row}. step in a row that is not finite; the"
+            " weights are those of the last good step: lower lr, or look at the batches"
+        )
 
 
 def _evaluated(model: nn.Module, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:

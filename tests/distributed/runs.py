@@ -71,16 +71,22 @@ def sampled(folder, *, rows=14):
     )._asdict()
 
 
-def learnt(folder, *, rollout, alone=False, **options):
-    """Six optimizer steps on this rank's share of the rows, every other one; `alone`, without the others' gradients.
+def learnt(folder, *, rollout, alone=False, broken=False, **options):
+    """Six epochs on this rank's share of the rows, every other one, all in one optimizer step unless options say else.
+
+    Args:
+        folder: not used.
+        rollout: all rows, with scores.
+        alone: leave out the others' gradients.
+        broken: the last rank's second backward pass gives NaN.
+        **options: of the trainer.
 
     Returns:
         A digest of the weights after each step, the weights at last, the metrics, how often the model's forward and
         backward were called, and what share of the trained numbers this process holds.
     """
-    trainer = make_trainer(
-        seed=4, minibatch_size=64, epochs=6, max_batch_tokens=36, max_dropped=0.2, normalize_scores=True, **options
-    )
+    settings = {"minibatch_size": 64, "epochs": 6, "max_batch_tokens": 36, "max_dropped": 0.2}
+    trainer = make_trainer(seed=4, **{**settings, **options})
     mine = torch.arange(rank(), len(rollout["lengths"]), trainer.ranks.count)
     if alone:
         trainer.learner.model = trainer.actor_critic  # not DDP's wrapper
@@ -91,7 +97,7 @@ def learnt(folder, *, rollout, alone=False, **options):
 
     def counted_backward(loss):
         _count(calls, "backward")
-        backward(loss)
+        backward(loss * torch.nan if broken and rank() == 1 and calls["backward"] == 2 else loss)
 
     trainer.accelerator.backward = counted_backward
     steps = []

@@ -107,7 +107,8 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(factor: float, 
     seen: list[dict[str, Tensor]] = []
     model.register_forward_pre_hook(lambda module, args: seen.append(weights(module)))
     with pytest.raises(ValueError, match="loss is (nan|inf) at step 2 of 2"):
-        fit(model, source, num_steps=2, lr=0.1, accumulate=accumulate, weight_decay=0.5, progress=False)
+        options = {"accumulate": accumulate, "weight_decay": 0.5, "max_skipped_steps": 1}
+        fit(model, source, num_steps=2, lr=0.1, progress=False, **options)
     assert_equal(weights(model), seen[-1])  # as they were when the broken batch came
     assert not torch.equal(seen[0]["linear.weight"], seen[-1]["linear.weight"])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -124,9 +125,25 @@ def test_gradient_that_is_not_finite_stops_before_the_weights_change() -> None:
             return (self.weight * x).sum().abs().sqrt()  # 0, with an infinite slope
 
     model = Root()
-    with pytest.raises(ValueError, match="gradient's norm is (nan|inf) at step 1 of 4"):
+    with pytest.raises(ValueError, match=r"gradient's norm is (nan|inf) at step 3 of 4, the 3\. step in a row"):
         fit(model, [{"x": torch.ones(3)}] * 4, num_steps=4, lr=0.1, progress=False)
     assert model.weight.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted() -> None:
+    good = [batch(5, seed) for seed in range(4)]
+    broken = [{**batch(5, seed), "factor": math.nan} for seed in range(4)]
+    mixed = Regression()
+    rate = {"lr": 0.1, "weight_decay": 0.5, "progress": False}
+    seen: list[dict[str, Tensor]] = []
+    mixed.register_forward_pre_hook(lambda module, args: seen.append(weights(module)))
+    found = fit(mixed, [good[0], *broken[:2], good[1], *broken[2:], good[2]], num_steps=7, **rate)
+    assert found["train/skipped_steps"] == 4
+    for before, after in ((1, 2), (2, 3), (4, 5), (5, 6)):  # what the passes 1, 2, 4 and 5 broke
+        assert_equal(seen[after], seen[before])
+    assert not torch.equal(seen[3]["linear.weight"], seen[4]["linear.weight"])
+    with pytest.raises(ValueError, match="loss is nan at step 4 of 5"):
+        fit(Regression(), [good[0], *broken[:3], good[1]], num_steps=5, **rate)
 
 
 def test_fit_leaves_random_state_modes_and_gradients_alone() -> None:
@@ -298,7 +315,7 @@ def two_ranks(folder: str) -> None:
     before = weights(model)
     source[0]["factor"] = math.nan if accelerator.process_index == 1 else 1.0
     with pytest.raises(ValueError, match="loss is nan at step 1 of 2"):
-        fit(model, source, num_steps=2, progress=False, **arguments)
+        fit(model, source, num_steps=2, progress=False, max_skipped_steps=1, **arguments)
     assert_equal(weights(model), before)
 
 
