@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from palm_rlhf_pytorch.tensors import (
+    RunningMoments,
     lengths_to_mask,
     masked_mean,
     masked_moments,
@@ -67,6 +69,32 @@ def test_moments_of_nothing_are_zero() -> None:
 def test_moments_of_half_precision_are_taken_in_float32() -> None:
     moments = masked_moments(torch.full((3_000,), 1.5, dtype=torch.bfloat16), torch.ones(3_000, dtype=torch.bool))
     assert [moment.item() for moment in moments] == [3_000, 1.5, 0]
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.25, 3.0), (1e9, 1.0), (-1e-9, 1e-12)])
+def test_running_moments_are_those_of_all_parts_together(mean: float, deviation: float) -> None:
+    numbers = mean + deviation * np.random.default_rng(0).standard_normal(1_000)
+    masks = np.random.default_rng(1).random(1_000) < 0.7
+    running = RunningMoments()
+    for part, counted in zip(np.split(numbers, [1, 4, 700]), np.split(masks, [1, 4, 700]), strict=True):
+        running.add(torch.from_numpy(np.where(counted, part, NAN))[:, None], torch.from_numpy(counted)[:, None])
+        running.add(torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool))
+    found, kept = running.compute(), numbers[masks]
+    assert found.count.item() == len(kept) and {moment.dtype for moment in found} == {torch.float64}
+    assert found.mean.item() == pytest.approx(kept.mean(), rel=1e-12)
+    assert found.var.item() == pytest.approx(kept.var(), rel=1e-6)
+
+
+def test_running_moments_by_hand_over_ranks_and_of_nothing() -> None:
+    running = RunningMoments()
+    assert [moment.item() for moment in running.compute()] == [0, 0, 0]
+    running.add(torch.tensor([1.0, 2.0, NAN]), torch.tensor([True, True, False]))
+    # The other rank holds 3 and 6: sum 9, count 2; about the common mean 3 their squared deviations sum to 9.
+    others = iter([torch.tensor([9.0, 2.0]), torch.tensor(9.0)])
+    found = running.compute(lambda total: total + next(others))
+    assert [moment.item() for moment in found] == [4, 3, 3.5]
+    with pytest.raises(ValueError, match="shapes"):
+        running.add(torch.zeros(2), torch.ones(3, dtype=torch.bool))
 
 
 def test_whitening_is_global_over_ranks() -> None:

@@ -83,10 +83,11 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
     mismatch, pairs, room = torch.zeros(()), [], -(-MAX_PAIRS // ranks.count)
     for rows, rollout, targets in lesson.parts(max_tokens):
         mask = rollout.response_mask
+        fresh = mask & ~_is_old(lesson, rollout)
         for name, values in _token_figures(rollout, targets, gamma=lesson.gamma):
-            moments[name].add(values, mask)
-        difference = (rollout.sampler_logprobs - rollout.logprobs).abs() * mask
-        mismatch = torch.maximum(mismatch, difference.masked_fill(_is_old(lesson, rollout), 0.0).max())
+            moments[name].add(values, fresh if name == "mismatch" else mask)
+        difference = (rollout.sampler_logprobs - rollout.logprobs).abs()
+        mismatch = torch.maximum(mismatch, (difference * fresh).max())
         found = _pairs(rollout)[:room]
         room -= len(found)
         pairs.append(found)

@@ -57,7 +57,8 @@ class Learner:
 
     One forward, one summed loss, one backward a microbatch: two backwards through one wrapped model let ranks drift
     apart. Sums are divided by the number of response tokens in the whole optimizer step, on all ranks, so that
-    neither microbatches nor ranks change the gradient.
+    neither microbatches nor ranks change the gradient. Where accelerate's settings ask for FSDP, `model` is a sharded
+    twin of the ActorCritic, which has its own weights only within `whole()`.
     """
 
     def __init__(
@@ -236,8 +237,8 @@ class Learner:
         if self.skipped_in_a_row >= self.max_skipped_steps:
             figures = ", ".join(f"{name} {float(totals[name]):.3g}" for name in watched)
             raise FloatingPointError(
-                f"{figures} in epoch {progress.epoch + 1}, minibatch {progress.minibatch + 1}, the"
-                f" {self.skipped_in_a_row}th step in a row that is not finite; it holds {lesson.named(rows)}. The"
+                f"{figures} in epoch {progress.epoch + 1}, minibatch {progress.minibatch + 1}, after"
+                f" {self.skipped_in_a_row} steps in a row that are not finite; it holds {lesson.named(rows)}. The"
                 " weights are as the last good step left them: lower the learning rates, or look for extreme scores"
             )
 

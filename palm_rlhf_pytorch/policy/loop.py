@@ -155,9 +155,9 @@ class Loop:
         scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place))
         started = time.perf_counter()
         flight = self.collect(size)  # 1. collect
-        held_out = self.score(flight)  # 2. score
+        self.score(flight)  # 2. score
         sampled = time.perf_counter()
-        metrics = self.learn(flight) | held_out  # 3. learn
+        metrics = self.learn(flight) | (flight.held_out or {})  # 3. learn
         tokens = sum(length for _, length in flight.file.spans())
         metrics |= timing_metrics(tokens, started, sampled, ranks=trainer.ranks, device=trainer.accelerator.device)
         self.call.done += size
@@ -207,25 +207,30 @@ class Loop:
         self.stop.check()
         return flight
 
-    def score(self, flight: Flight) -> dict[str, float]:
-        """Have the judge score the responses that are not scored yet; the held-out judge's mean score, if there is one.
+    def score(self, flight: Flight) -> None:
+        """Have the judges score the responses that are not scored yet.
 
-        If the judge fails, what was sampled is saved, so that the run goes on from there.
+        If one fails, what was sampled is saved, so that the run goes on from there.
         """
-        trainer, held_out = self.trainer, None
+        trainer = self.trainer
         try:
             if flight.file.scores is None:
                 flight.file.set_scores(trainer.judged(Experience([flight.file])))
-            held_out = trainer.held_out_scores(Experience([flight.file]))
+            if flight.held_out is None:
+                flight.held_out = self._held_out(flight)
         except Exception:  # on every process alike
             self.save()
             raise
         if trainer.settings.save_rollouts and flight.progress is None:
             self.save()
         self.stop.check()
-        if held_out is None:
+
+    def _held_out(self, flight: Flight) -> dict[str, float]:
+        """The held-out judge's mean score over all processes, if there is such a judge."""
+        scores = self.trainer.held_out_scores(Experience([flight.file]))
+        if scores is None:
             return {}
-        total, count = trainer.ranks.sum(torch.tensor([held_out.nansum(), held_out.isfinite().sum()])).tolist()
+        total, count = self.trainer.ranks.sum(torch.stack([scores.nansum(), scores.isfinite().sum()]).double()).tolist()
         return {"reward/held_out_score": total / count if count else float("nan")}
 
     def learn(self, flight: Flight) -> dict[str, float]:

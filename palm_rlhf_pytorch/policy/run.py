@@ -29,12 +29,14 @@ class Flight:
         file: its responses, as far as they are sampled; their scores, once there are some.
         refreshed: older responses as the policy sees them at the beginning of the update, where such are learnt from.
         progress: how far learning has come; None before it.
+        held_out: what the held-out judge says of the responses, as metrics; None before it was asked.
     """
 
     taken: int
     file: RolloutFile
     refreshed: RolloutFile | None = None
     progress: Progress | None = None
+    held_out: dict[str, float] | None = None
 
     @property
     def experience(self) -> Experience:

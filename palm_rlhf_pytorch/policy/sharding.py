@@ -3,7 +3,8 @@
 The learner's model is a second ActorCritic, split layer by layer with `fully_shard`: each process holds its share of
 every weight, gradient and moment. The first one stays what it was, a plain module, and has its weights only inside a
 block of `Sharding.whole`: sampling packs weights, and passes differ in number from process to process, so that neither
-can go through hooks that gather. Outside such a block its weights are NaN, of the right shape and of no size.
+can go through hooks that gather. Outside such a block its weights are NaN, of the right shape and of no size. So
+what learning holds shrinks with the number of processes; while it samples each process holds the whole model.
 
 Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", https://arxiv.org/abs/2304.11277
 Knows no loss and no optimizer.
@@ -67,6 +68,7 @@ class Sharding:
         reshard = accelerator.state.fsdp_plugin.reshard_after_forward if on_gpu else True
         for palm in [part for part in twin.modules() if isinstance(part, PaLM)]:
             for layer in palm.layers:
+                layer.register_forward_hook(_no_view)
                 fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(twin.value_head, mesh=mesh, reshard_after_forward=reshard)  # float32, whatever the trunk is
         trained = twin.actor_parameters() | twin.critic_parameters()
@@ -76,8 +78,7 @@ class Sharding:
                 f"FSDP takes trained weights of one dtype, not {sorted(kinds)}: give actor and critic both an adapter,"
                 " both none, or a float32 palm"
             )
-        # FSDP hangs its hooks on outputs, and warns of views: this one comes before its own
-        twin.register_forward_hook(lambda module, given, out: PolicyOutput(*(tensor.clone() for tensor in out)))
+        twin.register_forward_hook(_no_view)
         fully_shard(twin, mesh=mesh)
         self.model = twin
         self._empty()
@@ -105,6 +106,11 @@ class Sharding:
         for weight in self.plain.parameters():
             weight.grad = None
             weight.data = weight.data.new_full((), torch.nan).expand(weight.shape)
+
+
+def _no_view(module: nn.Module, given: object, out: Tensor | PolicyOutput) -> Tensor | PolicyOutput:
+    """A forward hook before FSDP's own, which are hung on the output, and would be lost to a change of a view."""
+    return out.clone() if isinstance(out, Tensor) else PolicyOutput(*(tensor.clone() for tensor in out))
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class PolicyTrainer:
             return preflight(self, eos_token=eos_token, temperature=temperature, memory=memory, **room)
 
     def plan(self, num_episodes: int = 50_000, **arguments: Any) -> Plan:
-        """Memory and time of a call of `train` with these arguments, after timing a piece of each phase.
+        """Memory and time of a call of `train` with these arguments, after timing a piece of each phase; not with FSDP.
 
         Args:
             num_episodes: as in `train`.
@@ -238,6 +238,8 @@ class PolicyTrainer:
     ) -> Tensor:
         """The best of several responses by the judge's score.
 
+        Where FSDP spreads the weights all processes must call it, and each gets an answer of its own draws.
+
         Args:
             seq_len: tokens of prompt and response together.
             prompt: ids of one prompt, (p,), p below seq_len.
@@ -273,7 +275,10 @@ class PolicyTrainer:
         return best_response(self.reward_model, prompt, responses, **self.settings.batch_limits())
 
     def export_palm(self) -> PaLM:
-        """The improved PaLM: a model of its own, the actor's update merged into its weights, in eval mode."""
+        """The improved PaLM: a model of its own, the actor's update merged into its weights, in eval mode.
+
+        Where FSDP spreads the weights all processes must call it; each gets the whole model.
+        """
         with self.learner.whole():
             return self.actor_critic.export_palm().eval()
 

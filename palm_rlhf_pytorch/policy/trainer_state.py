@@ -154,6 +154,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def _flight_state(flight: Flight) -> dict[str, Any]:
     return {
         "refreshed": flight.refreshed is not None,
+        "held_out": flight.held_out,
         "progress": None if flight.progress is None else flight.progress.state(),
     }
 
@@ -166,6 +167,7 @@ def _restored_flight(trainer: Trainer, state: dict[str, Any]) -> Flight:
         run.file("update", number, fresh=False),
         run.file("refreshed", number, fresh=False) if state["refreshed"] else None,
         None if progress is None else Progress.restored(progress, device=device),
+        state["held_out"],
     )
 
 

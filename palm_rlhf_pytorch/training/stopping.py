@@ -31,7 +31,10 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if self.enabled:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            self._before = {number: handler for number, handler in handlers.items() if handler is not None}
+            for number in self._before:  # a handler that is None is not Python's to put back
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,11 +2,10 @@
 
 import os
 import pickle
-import time
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 
 from tests.endurance.killing import Processes
 

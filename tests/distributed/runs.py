@@ -1,4 +1,4 @@
-"""What the processes of these tests do: small trainers, judges that misbehave on one rank, and what is left to compare."""
+"""What the processes of these tests do: small trainers, faults on one rank, and what is left to compare."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.experience import RolloutFile
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.policy.rollout import Rollout
 
@@ -26,7 +27,8 @@ def count_sevens(sequences, *, prompt_mask, mask):
 def make_trainer(*, reward_model=count_sevens, palm_options=None, **options):
     """A trainer over a tiny palm, the same in every process."""
     torch.manual_seed(0)
-    palm = PaLM(**{"num_tokens": 13, "dim": 12, "depth": 2, "dim_head": 6, "heads": 3, "ff_mult": 2, **(palm_options or {})})
+    sizes = {"num_tokens": 13, "dim": 12, "depth": 2, "dim_head": 6, "heads": 3, "ff_mult": 2}
+    palm = PaLM(**sizes, **(palm_options or {}))
     torch.nn.init.normal_(palm.token_emb.weight, std=0.4)
     settings = {"prompt_token_ids": PROMPTS, "actor_lr": 1e-3, "critic_lr": 1e-3, "accelerate_kwargs": {"cpu": True}}
     return RLHFTrainer(palm=palm, reward_model=reward_model, **{**settings, **options})
@@ -58,7 +60,7 @@ def without_time(metrics):
 
 
 def sampled(folder, *, rows=14):
-    """A rollout with scores, one of them missing, its critic and actor already off the reference; for all to learn from."""
+    """A rollout with scores, one of them missing, its critic and actor already off the reference."""
     trainer = make_trainer(seed=3)
     batch = trainer.next_prompts(rows)
     rollout = trainer.rollout(batch.ids, batch.mask, batch.rows, max_seq_len=19, eos_token=EOS)
@@ -66,9 +68,7 @@ def sampled(folder, *, rows=14):
     noise = 0.3 * torch.randn(2, *rollout.logprobs.shape, generator=generator) * rollout.response_mask
     scores = trainer.score(rollout).scores
     scores[3] = torch.nan
-    return rollout._replace(
-        values=noise[0], ref_logprobs=rollout.logprobs + noise[1], scores=scores
-    )._asdict()
+    return rollout._replace(values=noise[0], ref_logprobs=rollout.logprobs + noise[1], scores=scores)._asdict()
 
 
 def learnt(folder, *, rollout, alone=False, broken=False, **options):
@@ -159,10 +159,20 @@ def run_twice(folder, *, run_dir):
 
 def run_and_resume(folder, *, run_dir, fault, **options):
     """A run that goes wrong on one rank, and the rest of it, all well again."""
-    return (
-        trained_run(folder, run_dir=run_dir, judge=OnOneRank(fault), **options),
-        trained_run(folder, run_dir=run_dir, resume="auto", **options),
-    )
+    if fault == "disk":
+        append = RolloutFile.append
+        RolloutFile.append = _append_on_a_full_disk
+        ended = trained_run(folder, run_dir=run_dir, **options)
+        RolloutFile.append = append
+    else:
+        ended = trained_run(folder, run_dir=run_dir, judge=OnOneRank(fault), **options)
+    return ended, trained_run(folder, run_dir=run_dir, resume="auto", **options)
+
+
+def _append_on_a_full_disk(file, rollout, append=RolloutFile.append):
+    if rank() == 1 and "update-00000001" in file.path.name:
+        raise OSError("no space left")
+    append(file, rollout)
 
 
 class OnOneRank:

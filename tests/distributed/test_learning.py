@@ -1,4 +1,4 @@
-"""Two processes learn what one would, and hold the same weights after every step; with whole weights and with shards."""
+"""Two processes learn what one would, and hold the same weights after every step, whole weights or shards."""
 
 import pytest
 

@@ -74,6 +74,7 @@ def test_one_process_goes_on_where_two_stopped_and_says_so(undisturbed, tmp_path
     [
         ("raises", "OSError: the judge's server is gone", "RuntimeError: another process stopped: rank 1: OSError"),
         ("hangs", "TimeoutError: the judge took longer", "RuntimeError: another process stopped: rank 1: TimeoutError"),
+        ("disk", "OSError: no space left", "RuntimeError: another process stopped: rank 1: OSError"),
         ("nan", "ValueError: 5 of 10 scores in update 2", "ValueError: 5 of 10 scores in update 2"),
         ("sigterm", None, None),
     ],

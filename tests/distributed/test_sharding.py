@@ -28,6 +28,7 @@ def test_a_sharded_run_trains_and_one_process_goes_on_with_it(tmp_path, options)
     assert one["steps"] > 0 and one["history"][-1]["policy/skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path):
     ranks = in_ranks(tmp_path / "stopped", run_and_resume, fsdp=True, run_dir=tmp_path / "run", fault="sigterm")
     alone = in_ranks(tmp_path / "alone", trained_run, fsdp=True, run_dir=tmp_path / "left")

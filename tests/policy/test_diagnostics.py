@@ -94,6 +94,21 @@ def test_correlation_is_zero_where_scores_or_lengths_do_not_vary():
     assert all(math.isfinite(value) for value in found.values())
 
 
+def test_row_that_does_not_count_is_in_no_figure_but_its_own():
+    alone = survey_of(ROLLOUT.select(torch.tensor([1])), torch.tensor([-0.5])).metrics
+    broken = ROLLOUT._replace(scores=torch.tensor([float("nan"), 40.0]))
+    found = survey_of(broken, torch.tensor([0.0, -0.5]), counted=torch.tensor([False, True])).metrics
+    assert found == alone | {"reward/dropped": 1.0}
+
+
+def test_row_of_an_older_policy_does_not_count_as_a_sampler_that_differs():
+    behaviour = torch.tensor([[-1.0, -0.5, -9.0], [-0.29, 0.0, 0.0]])
+    old = ROLLOUT._replace(versions=torch.tensor([1, 2]), sampler_logprobs=behaviour)
+    found = survey_of(old, torch.tensor([1.0, -0.5]), version=2).metrics
+    assert found["rollout/sampler_logprob_diff_max"] == pytest.approx(0.01, abs=1e-6)
+    assert found["rollout/sampler_logprob_diff_mean"] == pytest.approx(0.01, abs=1e-6)
+
+
 def test_distinct_2_counts_pairs_of_responses_only():
     repeated = ROLLOUT._replace(
         sequences=torch.tensor([[1, 5, 5, 5, 5], [1, 5, 5, 0, 0]]),

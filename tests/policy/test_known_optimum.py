@@ -13,6 +13,7 @@ from palm_rlhf_pytorch.objectives.policy_gradient import kl_k2, kl_k3
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy import targets
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
+from palm_rlhf_pytorch.policy.preflight import PreflightError
 
 CONTEXTS, NUM_ACTIONS, BATCH, NUM_ROLLOUTS = torch.tensor([[0], [1]]), 6, 256, 100
 
@@ -21,7 +22,7 @@ def total_variation(policy, optimum):
     return float((policy - optimum).abs().sum(dim=-1).mean()) / 2
 
 
-def distances(*, lora, kl_coef, optimum_at=None):
+def distances(*, lora, kl_coef, optimum_at=None, preflight=True):
     """Mean total variation between policy and optimum over the contexts, before and after training."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -36,10 +37,7 @@ def distances(*, lora, kl_coef, optimum_at=None):
         prompt_token_ids=CONTEXTS, actor_lora=lora, critic_lora=lora, actor_lr=1e-2, critic_lr=1e-2, kl_coef=kl_coef,
         minibatch_size=BATCH, max_batch_size=BATCH, normalize_scores=False, value_clip=None,
     )  # fmt: skip
-    trainer.train(
-        BATCH * NUM_ROLLOUTS, max_new_tokens=1, update_timesteps=BATCH, use_tqdm=False,
-        preflight=estimator is None,  # which finds that rewards are not what they should be
-    )  # fmt: skip
+    trainer.train(BATCH * NUM_ROLLOUTS, max_new_tokens=1, update_timesteps=BATCH, preflight=preflight, use_tqdm=False)
     policy = trainer.export_palm()(CONTEXTS)[:, -1].detach()
     return total_variation(reference.softmax(dim=-1), optimum), total_variation(policy.softmax(dim=-1), optimum)
 
@@ -58,7 +56,9 @@ def test_another_estimator_in_the_reward_misses_the_optimum(estimator, monkeypat
         return ShapedRewards(scores[:, None] - kl_coef * kl, kl)
 
     monkeypatch.setattr(targets, "shaped_rewards", shaped)
-    _, after = distances(lora=False, kl_coef=1.0)
+    with pytest.raises(PreflightError, match="score placement"):  # it would not come to that
+        distances(lora=False, kl_coef=1.0)
+    _, after = distances(lora=False, kl_coef=1.0, preflight=False)
     assert after > 0.1
 
 

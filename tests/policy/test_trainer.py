@@ -67,13 +67,15 @@ def test_second_trainer_on_a_palm_starts_afresh(make_trainer, make_palm):
     assert same(weights(first), weights(again))
 
 
-def test_one_seed_gives_the_same_bits_and_another_does_not(make_trainer):
+@pytest.mark.filterwarnings("ignore:actor_dropout:UserWarning")
+@pytest.mark.parametrize("dropout", [{}, {"actor_dropout": 0.2, "critic_dropout": 0.1}])
+def test_one_seed_gives_the_same_bits_and_another_does_not(make_trainer, dropout):
     runs = []
     for seed, global_seed in ((3, 1), (3, 2), (4, 1)):
         torch.manual_seed(global_seed)
         random.seed(global_seed)
         np.random.seed(global_seed)
-        trainer = make_trainer(seed=seed)
+        trainer = make_trainer(seed=seed, **dropout)
         runs.append((without_time(trainer.train(12, **QUICK, eos_token=7)), weights(trainer)))
     assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
     assert runs[0][0] != runs[2][0]

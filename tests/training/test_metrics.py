@@ -66,6 +66,25 @@ def test_log_goes_on_after_an_unfinished_line(tmp_path: Path, before: str, after
     assert path.read_text() == after + '{"step": 3, "eval/loss": 2.0}\n'
 
 
+def test_rewind_takes_out_the_lines_of_later_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.jsonl"
+    log = MetricsLog(path)
+    log.rewind(3)  # where there is nothing yet
+    notes = ["someone's notes\n", '["step", 9]\n', '{"run": 9}\n', '{"step": "9"}\n']
+    steps = [f'{{"step": {step}, "train/loss": 0.1}}\n' for step in (2, 3, 4, 11)]
+    path.write_text("".join([*notes, *steps]))
+    log.rewind(11)
+    assert path.read_text() == "".join([*notes, *steps])
+    monkeypatch.setattr(MetricsLog, "_is_main", property(lambda self: False))
+    log.rewind(0)
+    assert path.read_text() == "".join([*notes, *steps])
+    monkeypatch.undo()
+    log.rewind(3)
+    log.log({"train/loss": 0.5}, 4)
+    assert path.read_text() == "".join([*notes, *steps[:2], '{"step": 4, "train/loss": 0.5}\n'])
+    assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
+
+
 def test_read_metrics_skips_an_unfinished_last_line_only(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "tr')
