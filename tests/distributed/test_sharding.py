@@ -13,7 +13,13 @@ from tests.distributed.runs import run_and_resume, sharded_run, taken_up, traine
 BASE = {"actor_lora": False, "critic_lora": False}
 
 
-@pytest.mark.parametrize("options", [{}, {**BASE, "palm_options": {"qk_rmsnorm": True}}], ids=["lora", "base"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param({**BASE, "palm_options": {"qk_rmsnorm": True}}, id="base", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sharded_run_trains_and_one_process_goes_on_with_it(tmp_path, options):
     first, second = in_ranks(tmp_path / "ranks", sharded_run, fsdp=True, run_dir=tmp_path / "run", **options)
     assert set(first["sharded"]) == {"DTensor"}
