@@ -10,7 +10,7 @@ from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP = SNIPPETS
+LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP, RESUMED = SNIPPETS
 
 SMALL = {
     "num_tokens=20000": "num_tokens=300",
@@ -97,6 +97,20 @@ def test_text_snippet_runs_when_reduced(tmp_path, monkeypatch):
     names = run(ON_TEXT, SMALL, palm=palm, reward_model=RewardModel(palm), RLHFTrainer=RLHFTrainer)
     assert names["trainer"].episodes == 5
     assert PaLM.from_checkpoint("improved_palm.pt").config == palm.config
+
+
+def test_resume_snippet_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    palm = PaLM(num_tokens=300, dim=24, depth=2)
+    given = {"palm": palm, "reward_model": RewardModel(palm), "RLHFTrainer": RLHFTrainer}
+    given["prompts"] = torch.randint(0, 300, (70, 31))
+    assert run(RESUMED, SMALL, **given)["trainer"].episodes == 70
+    longer = SMALL | {"num_episodes=50000": "num_episodes=75, max_seq_len=40"}
+    trainer = run(RESUMED, longer, **given)["trainer"]
+    assert (trainer.episodes, trainer.updates) == (75, 3)
+    assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {
+        "metrics.jsonl", "experience", "checkpoints",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

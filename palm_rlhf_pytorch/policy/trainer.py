@@ -105,7 +105,8 @@ class PolicyTrainer:
         A fault is in the report, with its cause and remedy, and raises nothing. Arguments are those of `train`.
         """
         room: dict[str, Any] = {"max_seq_len": max_seq_len, "max_new_tokens": max_new_tokens}
-        memory = partial(memory_to_learn, self, temperature=temperature, **room)
+        alone = self.learner.sharding is None  # of weights that are spread no piece can be tried on its own
+        memory = partial(memory_to_learn, self, temperature=temperature, **room) if alone else None
         with self.learner.whole():
             return preflight(self, eos_token=eos_token, temperature=temperature, memory=memory, **room)
 
