@@ -38,8 +38,8 @@ def judge_repeats(probe: Probe) -> Finding:
 
 def judge_tells_apart(probe: Probe) -> Finding:
     """Different responses get different scores."""
-    mask = probe.rollout.mask.tolist()
-    texts = {tuple(row[: sum(real)]) for row, real in zip(probe.rollout.sequences.tolist(), mask, strict=True)}
+    mask = probe.texts.mask.tolist()
+    texts = {tuple(row[: sum(real)]) for row, real in zip(probe.texts.sequences.tolist(), mask, strict=True)}
     if len(texts) == 1:
         return Finding("skip", f"all {len(mask)} responses sampled are alike")
     different = len(probe.scores.unique())
@@ -54,7 +54,7 @@ def judge_tells_apart(probe: Probe) -> Finding:
 
 def judge_and_padding(probe: Probe) -> Finding:
     """A response gets the same score alone and among longer ones."""
-    if bool(probe.rollout.mask.all()):
+    if bool(probe.texts.mask.all()):
         return Finding("skip", "nothing sampled is padded")
     alone = torch.cat([_judged(probe, row) for row in range(len(probe.scores))])
     apart, spread = float((alone - probe.scores).abs().max()), float(probe.scores.std())
@@ -88,7 +88,7 @@ def _most(probe: Probe) -> float:
 
 def _judged(probe: Probe, row: int | None = None) -> Tensor:
     """Scores of all responses, or of one alone."""
-    rollout = probe.rollout if row is None else probe.alone(row)
+    rollout = probe.texts if row is None else probe.texts.select(torch.tensor([row], device=probe.device))
     return judge_sequences(
         probe.trainer.reward_model, rollout.sequences, rollout.prompt_mask, rollout.mask, where="preflight",
         timeout=probe.settings.judge_timeout, **probe.settings.batch_limits(),

@@ -128,8 +128,10 @@ class Pieces:
         }  # fmt: skip
 
     def _prompts(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        ids, mask = self.trainer.prompts.select(torch.tensor([text.row for text in texts]))
-        return ids.to(self.device), mask.to(self.device)
+        ids, _ = self.trainer.prompts.select(torch.tensor([text.row for text in texts]))
+        lengths = torch.tensor([text.prompt for text in texts])  # those of the prompts, or less
+        width = int(lengths.max())
+        return ids[:, :width].to(self.device), lengths_to_mask(lengths, width).to(self.device)
 
     def _random_ids(self, *shape: int) -> Tensor:
         most = self.trainer.actor_critic.palm.num_tokens

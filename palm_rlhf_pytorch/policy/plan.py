@@ -116,7 +116,7 @@ def memory_to_learn(
     rows = min(settings.max_batch_size, settings.minibatch_size)
     tokens = max(longest, min(settings.max_batch_tokens, rows * longest))
     row = int(trainer.prompts.lengths.argmin())
-    prompt = int(trainer.prompts.lengths[row])
+    prompt = min(SHORT, int(trainer.prompts.lengths[row]))
     short, long = ([Text(row, prompt, answer)] for answer in (SHORT, SHORT + FURTHER))
     with left_as_found(trainer):
         pieces = Pieces(trainer, short + long, [short], temperature)

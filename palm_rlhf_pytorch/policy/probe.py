@@ -19,9 +19,14 @@ from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, Rows, collect_r
 from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.products import product_dtype
+from palm_rlhf_pytorch.tensors import pad_ragged
 
 Status = Literal["ok", "warn", "fail", "skip"]
 MAX_PROMPTS, MIN_PROMPTS, MAX_TOKENS = 6, 4, 16  # responses sampled, and tokens of the longest
+SHORTEST = 8  # tokens that a prompt is cut to at least
+# Operations of one pass over what is sampled: a large model reads prompts cut to their ends, so that some twenty passes
+# take seconds. The judge, who may look for something in a prompt, reads whole ones, fewer of them.
+WORK = {"cpu": 2e10, "cuda": 2e13}
 # Two routes to one log-probability, in nats: their mean difference over tokens stays below this, and none is ten times
 # as far off. The same products in another order give 1e-6 in float32 and up to 1e-2 in bfloat16.
 FLOAT32, HALF = 1e-5, 2e-2
@@ -95,6 +100,7 @@ class Probe:
         self.model: ActorCritic = trainer.accelerator.unwrap_model(trainer.learner.model)
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.rollout: Rollout
+        self.texts: Rollout  # what the judge reads: whole prompts, with the same responses
         self.lengths: list[int]  # of the responses, by their tokens alone
         self.mask: Tensor  # the same, (b, t)
         self.read: PolicyOutput  # of all of them in one batch, by the pass that learns in eval mode
@@ -139,6 +145,11 @@ class Probe:
         """One of the responses, without padding."""
         return self.rollout.select(torch.tensor([row], device=self.device))
 
+    def affordable(self) -> int:
+        """Tokens of a pass that the model reads in a moment."""
+        parameters = sum(weight.numel() for weight in self.trainer.actor_critic.palm.parameters())
+        return int(WORK.get(self.device.type, WORK["cpu"]) / (2 * parameters))
+
     def microbatches(self) -> list[Rows]:
         """The responses as a step of learning cuts them."""
         spans = self.rollout.spans()
@@ -149,11 +160,12 @@ class Probe:
 def sampling(probe: Probe) -> Finding:
     """Sample a few responses as training does, from train mode; all that follows looks at them."""
     trainer, rows = probe.trainer, _some_prompts(probe)
-    ids, mask = trainer.prompts.select(rows)
+    whole, whole_mask = trainer.prompts.select(rows)
+    ids, mask = _cut(whole, whole_mask, most=probe.affordable() // len(rows) - MAX_TOKENS)
     longest = MAX_TOKENS if probe.max_new_tokens is None else min(MAX_TOKENS, probe.max_new_tokens)
     # responses of unequal length, whatever the model says: the longer the prompt, the longer
     budget = longest - torch.arange(len(ids)).flip(0) * max(1, longest // 5) % max(1, longest)
-    budget = budget.minimum(probe.max_seq_len - mask.sum(dim=-1))
+    budget = budget.minimum(probe.max_seq_len - whole_mask.sum(dim=-1))
     probe.model.train()
     trainer.actor_critic.train()
     prompting = Prompting(
@@ -174,13 +186,43 @@ def sampling(probe: Probe) -> Finding:
     ]
     steps = torch.arange(rollout.logprobs.shape[1], device=probe.device)
     probe.mask = steps < torch.tensor(probe.lengths, device=probe.device)[:, None]
-    return Finding("ok", f"{len(ids)} responses of {min(probe.lengths)} to {max(probe.lengths)} tokens")
+    probe.texts = _whole_texts(rollout, whole, whole_mask, affordable=6 * probe.affordable())
+    found = f"{len(ids)} responses of {min(probe.lengths)} to {max(probe.lengths)} tokens"
+    if ids.shape[1] < whole.shape[1]:
+        found += f", to the last {ids.shape[1]} tokens of prompts"
+    return Finding("ok", found)
+
+
+def _cut(ids: Tensor, mask: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
+    """The last tokens of prompts that are too long, unequally many, ids (b, p) and mask (b, p) padded on the right."""
+    lengths = mask.sum(dim=-1).tolist()
+    if max(lengths) <= max(most, SHORTEST):
+        return ids, mask
+    kept = [min(length, max(SHORTEST, most) - row % 4) for row, length in enumerate(lengths)]
+    return pad_ragged([row[n - k : n] for row, n, k in zip(ids, lengths, kept, strict=True)])
+
+
+def _whole_texts(rollout: Rollout, prompts: Tensor, mask: Tensor, *, affordable: int) -> Rollout:
+    """Responses with their whole prompts (b, p), as many as can be read in a moment, two at least."""
+    lengths = mask.sum(dim=-1)
+    width = int(lengths.max()) + rollout.logprobs.shape[1]
+    count = min(len(prompts), max(2, affordable // width))
+    starts, steps = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
+    texts = [
+        torch.cat(
+            (prompts[row, : int(lengths[row])].to(rollout.device), rollout.sequences[row, start : start + length])
+        )
+        for row, start, length in list(zip(range(len(prompts)), starts, steps, strict=True))[-count:]
+    ]
+    chosen = rollout.select(torch.arange(len(prompts) - count, len(prompts), device=rollout.device))
+    sequences, _ = pad_ragged(texts)
+    return chosen._replace(sequences=sequences.int(), prompt_lengths=lengths[-count:].to(rollout.device))
 
 
 def _some_prompts(probe: Probe) -> Tensor:
     """The shortest prompt, the longest, and some between, by number; again where there are few."""
     prompts = probe.trainer.prompts
-    width = int(prompts.lengths.max()) + MAX_TOKENS
+    width = min(int(prompts.lengths.max()), max(SHORTEST, probe.affordable() // MAX_PROMPTS)) + MAX_TOKENS
     count = min(MAX_PROMPTS, max(MIN_PROMPTS, len(prompts)), probe.settings.max_batch_tokens // width)
     count = max(2, count)  # all checks read them in one pass: no more of it than a step of learning may have
     order = prompts.lengths.argsort(stable=True)

@@ -7,7 +7,8 @@ can go through hooks that gather. Outside such a block its weights are NaN, of t
 what learning holds shrinks with the number of processes; while it samples each process holds the whole model.
 
 Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", https://arxiv.org/abs/2304.11277
-Knows no loss and no optimizer.
+Knows no loss and no optimizer. torch's own modules for this are imported where they are used: they take a second, and
+bring warning filters of sympy's, which nobody should have who trains in one process.
 """
 
 import copy
@@ -19,9 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, PolicyOutput
@@ -47,7 +45,7 @@ def asks_for_sharding(accelerator: Accelerator) -> bool:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version ({plugin.fsdp_version}) must be 2: FSDP1 keeps no parameter by its name")
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+    if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
         raise ValueError("fsdp_offload_params (True) is not supported: weights stay where the processes compute")
     if accelerator.scaler is not None:
         raise ValueError("mixed_precision ('fp16') is not supported with FSDP: take 'bf16', which needs no scaler")
@@ -59,6 +57,9 @@ class Sharding:
 
     def __init__(self, actor_critic: ActorCritic, accelerator: Accelerator) -> None:
         """Split the weights; afterwards the plain module has none of its own."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         self.plain, self._depth = actor_critic, 0
         # the twin begins with the very parameters of the plain one: fully_shard replaces them, module by module
         twin: ActorCritic = copy.deepcopy(actor_critic, {id(weight): weight for weight in actor_critic.parameters()})
@@ -115,14 +116,26 @@ def _no_view(module: nn.Module, given: object, out: Tensor | PolicyOutput) -> Te
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    gather = getattr(tensor, "full_tensor", None)  # a DTensor's
+    return tensor if gather is None else gather()
+
+
+def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor of a parameter's shape in its shards, where it has some."""
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 @contextmanager
 def gathering_gradients(model: nn.Module, accelerator: Accelerator, *, last: bool) -> Iterator[None]:
     """A forward and backward pass of one microbatch; gradients go over the processes in the last one of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    share = getattr(model, "set_requires_gradient_sync", None)  # an FSDPModule's
+    if share is not None:
+        share(last)
         yield
     elif last:
         yield

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from palm_rlhf_pytorch.palm.config import BEHAVIOUR
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -27,7 +26,7 @@ from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.run import Flight, Run
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
-from palm_rlhf_pytorch.policy.sharding import whole_tensor
+from palm_rlhf_pytorch.policy.sharding import spread_like, whole_tensor
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
 from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -130,7 +129,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
     with torch.no_grad():
         for name, parameter in parameters.items():
-            _put(parameter, checkpoint.tensors["model"][name])
+            parameter.copy_(spread_like(parameter, checkpoint.tensors["model"][name]))
     _restore_optimizer(trainer, moments)
     for group, lr in zip(trainer.learner.optimizer.param_groups, values["learning_rates"], strict=True):
         group["lr"] = lr
@@ -192,7 +191,7 @@ def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     names = {id(parameter): name for name, parameter in trained.items()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {moment: _like(trained[name], tensors[f"{moment}.{name}"]) for moment in MOMENTS}
+        index: {moment: spread_like(trained[name], tensors[f"{moment}.{name}"]) for moment in MOMENTS}
         for index, name in enumerate(order if tensors else ())
     }
     # by load_state_dict, which knows on which device each kind of AdamW keeps its step count
@@ -201,21 +200,6 @@ def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
 
 def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:
     return trainer.learner.actor | trainer.learner.critic
-
-
-# tensors that are spread over processes
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor in the shards of a parameter of its shape."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    from_whole = torch.distributed.tensor.distribute_tensor
-    return from_whole(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-
-def _put(parameter: nn.Parameter, value: Tensor) -> None:
-    parameter.copy_(_like(parameter, value))
 
 
 # what must be the same

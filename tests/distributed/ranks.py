@@ -32,7 +32,3 @@ def _worker(folder, *, task, fsdp, options):
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     found = task(folder, **options)
     Path(f"{folder}.rank-{os.environ.get('RANK', 0)}.result").write_bytes(pickle.dumps(found))
-    if torch.distributed.is_initialized():
-        # else a process that ends first may abort the other's threads
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

@@ -11,6 +11,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+import torch
+
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 from tests.endurance import worker
 
@@ -49,7 +51,8 @@ class Processes:
     def must_succeed(self):
         """Wait for a good end of all."""
         self.wait()
-        assert set(self.codes.values()) == {0}, Path(f"{self.folder}.rank-0.log").read_text()
+        logs = [Path(f"{self.folder}.rank-{rank}.log").read_text() for rank in range(len(self.codes))]
+        assert set(self.codes.values()) == {0}, "\n".join([f"exit codes {[*self.codes.values()]}", *logs])
 
 
 def _fork(work, folder, rank, ranks, port, options):
@@ -68,6 +71,10 @@ def _fork(work, folder, rank, ranks, port, options):
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
             )  # fmt: skip
         work(folder, **options)
+        if torch.distributed.is_initialized():
+            # else a process that ends first may end the other's connections in the middle of their last exchange
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
         code = 0
     except BaseException:
         traceback.print_exc()
