@@ -38,8 +38,8 @@ TREE = [
         4,
         "policy",
         "prompts settings arguments actor_critic sharding rollout targets scores answers records experience learning "
-        "diagnostics doctor run probe premises identities judge_checks preflight footprint pieces plan trainer_state "
-        "loop trainer ppo grpo dpo",
+        "diagnostics doctor run probe premises identities judge_checks preflight footprint pieces plan trainer_record "
+        "trainer_state loop trainer ppo grpo dpo",
     ),
     (5, "cli", "device generate pretrain ppo check plan demo_text demo_report demo_pairs demo main"),
     (5, "", "ppo"),

@@ -1,6 +1,7 @@
 """`palm-rlhf ppo`: improve a byte-level PaLM against a reward model, in a folder that a stopped run goes on from."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
+from palm_rlhf_pytorch.policy.preflight import PreflightError
 from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
@@ -48,12 +50,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, save, say what changed.
+    """Train, save, say what changed; 2 if a check before the run fails, once it is said which and why.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is not what it should be, the folder holds a run already, an option is out of range, a
-            check fails, or training had to stop: scores or gradients were not finite.
+        ValueError: if a file is not what it should be, the folder holds a run already, an option is out of range, or
+            training had to stop: scores or gradients were not finite.
     """
     out, resume = args.run_dir / IMPROVED, hasattr(args, "resume")
     check_target(out)
@@ -66,8 +68,13 @@ def run(args: argparse.Namespace) -> int:
             args.episodes, update_timesteps=args.update_timesteps, resume="auto" if resume else None,
             preflight=not hasattr(args, "no_preflight"), **sampling_of(args),
         )  # fmt: skip
-    except FloatingPointError as error:  # the run's own fault, and it can go on: no traceback
-        raise ValueError(f"{error}; {args.run_dir} keeps the last checkpoint") from error
+    except PreflightError as error:  # a list, which one line would make unreadable
+        print(f"palm-rlhf ppo: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:  # the run's own fault: no traceback
+        checkpoints = trainer.run.checkpoints
+        kept = checkpoints is not None and checkpoints.steps()
+        raise ValueError(f"{error}; {args.run_dir} keeps {'the last' if kept else 'no'} checkpoint") from error
     if trainer.stopped is not None:
         say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
         return 0

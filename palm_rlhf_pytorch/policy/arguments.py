@@ -1,7 +1,7 @@
 """What RLHFTrainer is asked to do: arguments refused before any work, and a call of `train` as a record."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
@@ -18,7 +18,7 @@ from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
 
 @dataclass
 class Call:
-    """A call of `train`: its arguments, and how many episodes of it are done."""
+    """A call of `train`: its arguments, and how many episodes and updates of it are done."""
 
     num_episodes: int
     max_seq_len: int
@@ -27,6 +27,7 @@ class Call:
     temperature: float
     update_timesteps: int
     done: int = 0
+    updates: int = 0
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -42,7 +43,7 @@ class Call:
     @property
     def place(self) -> tuple[int, int]:
         """Number of the next update, from 1, and of how many."""
-        return self.done // self.update_timesteps + 1, -(-self.num_episodes // self.update_timesteps)
+        return self.updates + 1, self.updates + -(-(self.num_episodes - self.done) // self.update_timesteps)
 
     def resumed(self, kept: dict[str, Any]) -> "Call":
         """This call where the one in a checkpoint stood; another num_episodes makes the run longer or shorter.
@@ -50,7 +51,7 @@ class Call:
         Raises:
             ValueError: if another argument differs.
         """
-        free = ("num_episodes", "done")
+        free = ("num_episodes", "done", "updates")
         differing = [
             f"{name}: checkpoint {kept.get(name)}, train {value}"
             for name, value in asdict(self).items()
@@ -58,7 +59,7 @@ class Call:
         ]
         if differing:
             raise ValueError(f"train cannot resume with other arguments than the run's ({'; '.join(differing)})")
-        return Call(**{**asdict(self), "done": kept["done"]})
+        return replace(self, done=kept["done"], updates=kept["updates"])
 
 
 def check_train_arguments(

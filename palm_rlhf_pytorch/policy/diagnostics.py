@@ -1,7 +1,8 @@
 """What scored responses say about the run: rewards, KL, lengths, and how well the critic knew them.
 
-Names and units are in `training/metrics.py`; figures are over the responses of all ranks that count. Rows are read a
-part at a time, so that memory does not follow their number.
+Names and units are in `training/metrics.py`; figures are over the responses of all ranks that count, and that this
+update has sampled: older ones, learnt from again, are not in them. Rows are read a part at a time, so that memory does
+not follow their number.
 """
 
 import resource
@@ -70,7 +71,7 @@ class Survey(NamedTuple):
 
 
 def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int) -> Survey:
-    """Look at all rows of a lesson that count.
+    """Look at the rows of a lesson: metrics are of those that this policy sampled, whitening is by all that count.
 
     Args:
         lesson: its scores are the learnt ones, normalised, penalties included.
@@ -78,17 +79,17 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
         ranks: all processes.
         max_tokens: rows times the longest of them, at a time.
     """
-    moments = {name: RunningMoments() for name in TOKEN_FIGURES}
+    moments, whitening = {name: RunningMoments() for name in TOKEN_FIGURES}, RunningMoments()
     columns: dict[str, list[Tensor]] = {name: [] for name in ("kl", "reward", "length", "ended", "score", "learnt")}
     mismatch, pairs, room = torch.zeros(()), [], -(-MAX_PAIRS // ranks.count)
     for rows, rollout, targets in lesson.parts(max_tokens):
-        mask = rollout.response_mask
-        fresh = mask & ~_is_old(lesson, rollout)
+        fresh = rollout.versions >= lesson.version
+        mask = rollout.response_mask & fresh[:, None]
+        whitening.add(targets.advantages, rollout.response_mask)
         for name, values in _token_figures(rollout, targets, gamma=lesson.gamma):
-            moments[name].add(values, fresh if name == "mismatch" else mask)
-        difference = (rollout.sampler_logprobs - rollout.logprobs).abs()
-        mismatch = torch.maximum(mismatch, (difference * fresh).max())
-        found = _pairs(rollout)[:room]
+            moments[name].add(values, mask)
+        mismatch = torch.maximum(mismatch, ((rollout.sampler_logprobs - rollout.logprobs).abs() * mask).max())
+        found = _pairs(rollout, mask)[:room]
         room -= len(found)
         pairs.append(found)
         own = {
@@ -96,16 +97,16 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
             "ended": rollout.ended, "score": raw_scores[rows.numbers], "learnt": lesson.scores[rows.numbers],
         }  # fmt: skip
         for name, values in own.items():
-            columns[name].append(values.float())
+            columns[name].append(values[fresh].float())
     table = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in columns.items()}
-    tokens = {name: running.compute(ranks.sum) for name, running in moments.items()}
-    metrics = _row_metrics(table, ranks) | _token_metrics(tokens)
+    metrics = _row_metrics(table, ranks)
+    metrics |= _token_metrics({name: running.compute(ranks.sum) for name, running in moments.items()})
     metrics["objective/kl_coef"] = lesson.kl_coef
     metrics["objective/non_score_reward"] = -lesson.kl_coef * metrics["objective/kl"]
-    metrics["reward/dropped"] = float(ranks.sum((~lesson.counted).sum().float()))
+    metrics["reward/dropped"] = float(ranks.sum((lesson.fresh & ~lesson.counted).sum().float()))
     metrics["rollout/sampler_logprob_diff_max"] = float(ranks.max(mismatch))
     metrics["rollout/distinct_2"] = _distinct(torch.cat(pairs) if pairs else torch.zeros(0, dtype=torch.long), ranks)
-    return Survey(metrics, tokens["advantage"])
+    return Survey(metrics, whitening.compute(ranks.sum))
 
 
 TOKEN_FIGURES = ("kl", "kl_k3", "kl_exact", "value", "return", "advantage", "monte_carlo", "unexplained", "mismatch")
@@ -162,11 +163,6 @@ def _row_metrics(table: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
     }
 
 
-def _is_old(lesson: Lesson, rollout: Rollout) -> Tensor:
-    """Rows whose sampler_logprobs are of another policy, (b, 1)."""
-    return (rollout.versions < lesson.version)[:, None]
-
-
 def timing_metrics(
     num_tokens: int, started: float, sampled: float, *, ranks: Ranks, device: torch.device
 ) -> dict[str, float]:
@@ -210,13 +206,12 @@ def distinct_2(rollout: Rollout) -> float:
 
     Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055; over the first MAX_PAIRS.
     """
-    pairs = _pairs(rollout)[:MAX_PAIRS]
+    pairs = _pairs(rollout, rollout.response_mask)[:MAX_PAIRS]
     return len(pairs.unique()) / len(pairs) if len(pairs) else 0.0
 
 
-def _pairs(rollout: Rollout) -> Tensor:
-    """Each pair of neighbouring response tokens as one number, row by row."""
-    mask = rollout.response_mask
+def _pairs(rollout: Rollout, mask: Tensor) -> Tensor:
+    """Each pair of neighbouring tokens in a mask (b, t) of the responses as one number, row by row."""
     places = rollout.prompt_lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
     tokens = rollout.sequences.gather(1, places.clamp(max=rollout.sequences.shape[1] - 1)).long()
     return (tokens[:, :-1] * 2**31 + tokens[:, 1:])[mask[:, 1:]]

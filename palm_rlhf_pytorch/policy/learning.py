@@ -219,11 +219,9 @@ class Learner:
     def _apply(self, totals: dict[str, Tensor], rows: list[int], lesson: Lesson, progress: Progress) -> None:
         """Take the step if all numbers are finite; else leave weights and optimizer as they are, and count it."""
         watched = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm")
-        finite = bool(torch.stack([totals[name].float() for name in watched]).isfinite().all())
-        scaled = (
-            self.accelerator.scaler is not None
-        )  # float16's scaler leaves such steps out by itself, and scales down
-        if finite or scaled:
+        known = torch.stack([totals[name].float() for name in watched]).isfinite()
+        finite, scaled = bool(known.all()), self.accelerator.scaler is not None
+        if finite or scaled:  # float16's scaler leaves out steps whose gradients overflow by itself, and scales down
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if finite:
@@ -233,7 +231,7 @@ class Learner:
             _accumulate(progress.totals, totals)
             return
         progress.skipped += 1
-        self.skipped_in_a_row += 0 if scaled else 1
+        self.skipped_in_a_row += not (scaled and bool(known[:2].all()))  # no scale mends a loss
         if self.skipped_in_a_row >= self.max_skipped_steps:
             figures = ", ".join(f"{name} {float(totals[name]):.3g}" for name in watched)
             raise FloatingPointError(

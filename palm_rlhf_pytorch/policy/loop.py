@@ -90,26 +90,33 @@ def begin(trainer: Trainable, call: Call, resume: str | Path | None) -> Call:
         ValueError: if there is nothing to resume from, the folder holds a run that is not resumed, or a checkpoint
             does not fit the trainer or the call.
     """
-    checkpoints, found = trainer.run.checkpoints, None
+    run, found = trainer.run, None
     if resume == "auto":
-        if checkpoints is None:
+        if run.checkpoints is None:
             raise ValueError("resume='auto' looks into run_dir: give RLHFTrainer one, or resume=path")
-        found = checkpoints.latest(kind=KIND)
+        found = run.checkpoints.latest(kind=KIND)
     elif resume is not None:
         found = load_checkpoint(resume, kind=KIND)
-    elif trainer.call is None and checkpoints is not None and checkpoints.steps():
+    elif not run.begun and run.checkpoints is not None and run.checkpoints.steps():
         raise ValueError(
-            f"run_dir ({trainer.run.folder}) holds a run already: resume='auto' goes on with it, another folder begins"
-            " anew"
+            f"run_dir ({run.folder}) holds a run already: resume='auto' goes on with it, another folder begins anew"
         )
     if found is not None:
         kept = found.values.get("call")
-        call = call if kept is None else call.resumed(kept)
+        if found.values.get("seed") != trainer.seed:
+            raise ValueError(
+                f"seed ({trainer.seed}) is not the run's, {found.values.get('seed')}: build the trainer so"
+            )
+        try:
+            call = call if kept is None else call.resumed(kept)
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"{found.path} is not what a trainer writes: its call of train lacks {error}") from error
         restore_state(trainer, found)
     elif trainer.flight is not None:  # an update that was not finished: its prompts come again
         trainer.prompts.taken, trainer.flight = trainer.flight.taken, None
-    if resume is not None:
-        trainer.metrics.rewind(trainer.updates)
+    if resume is not None or (not run.begun and trainer.metrics.path == run.metrics_path):
+        trainer.metrics.rewind(trainer.updates)  # of a run that came further than its last checkpoint, or to none
+    run.begun = True
     return call
 
 
@@ -119,6 +126,7 @@ class Loop:
     def __init__(self, trainer: Trainable, call: Call, *, use_tqdm: bool) -> None:
         self.trainer, self.call = trainer, call
         self.show = use_tqdm and trainer.accelerator.is_main_process
+        self.unsaved = False  # whether anything was done since the last checkpoint
         self.stop = StopSignal(trainer.ranks, enabled=trainer.run.checkpoints is not None)
 
     def run(self) -> tuple[list[dict[str, float]], str | None]:
@@ -129,8 +137,10 @@ class Loop:
             try:
                 while self.call.done < total:
                     history.append(self.update(bar))
+                    self.stop.check()
             except Stopped:
-                self.save()
+                if self.unsaved:
+                    self.save()
                 self.say(f"stopped by {self.stop.name} with all state saved; train(resume='auto') goes on from there")
         return history, self.stop.name
 
@@ -151,37 +161,38 @@ class Loop:
 
     def update(self, bar: tqdm) -> dict[str, float]:
         """One update, or what is left of it."""
-        trainer, size = self.trainer, self.call.size
+        trainer, self.unsaved = self.trainer, True
         scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place))
         started = time.perf_counter()
-        flight = self.collect(size)  # 1. collect
+        flight = self.collect()  # 1. collect
         self.score(flight)  # 2. score
         sampled = time.perf_counter()
         metrics = self.learn(flight) | (flight.held_out or {})  # 3. learn
         tokens = sum(length for _, length in flight.file.spans())
         metrics |= timing_metrics(tokens, started, sampled, ranks=trainer.ranks, device=trainer.accelerator.device)
-        self.call.done += size
-        trainer.metrics.log(metrics, step=trainer.updates)  # 4. record
-        for finding in trainer.doctor.examine(metrics):
-            self.say(f"update {trainer.updates}: {finding}")
+        self.call.done += flight.size
+        self.call.updates += 1
         trainer.flight = None
         trainer.rollouts += 1
-        trainer.run.prune(trainer.updates)
+        with _together(trainer.ranks):
+            trainer.run.prune(trainer.updates)
+            trainer.metrics.log(metrics, step=trainer.updates)  # 4. record
+        for finding in trainer.doctor.examine(metrics):
+            self.say(f"update {trainer.updates}: {finding}")
         bar.set_postfix(headline(metrics), refresh=False)
-        bar.update(size)
+        bar.update(flight.size)
         if trainer.updates % trainer.settings.save_every == 0 or self.call.done >= self.call.num_episodes:
             self.save(metrics)  # 5. save
-        self.stop.check()
         return metrics
 
-    def collect(self, size: int) -> Flight:
+    def collect(self) -> Flight:
         """Sample responses to the next prompts, batch by batch onto the disk; those that are there stay."""
         trainer, settings = self.trainer, self.trainer.settings
         taken = trainer.prompts.taken
         if trainer.flight is None:
-            trainer.flight = Flight(taken, trainer.run.file("update", trainer.updates))
+            trainer.flight = Flight(taken, self.call.size, trainer.run.file("update", trainer.updates))
         flight = trainer.flight
-        prompting = trainer.prompting(trainer.next_prompts(size), **self.call.sampling)
+        prompting = trainer.prompting(trainer.next_prompts(flight.size), **self.call.sampling)
         batches, there = prompting.batches(settings.max_batch_size), len(flight.file)
         first = next((n for n, end in enumerate(_ends(batches)) if end > there), len(batches))
         with (
@@ -215,7 +226,9 @@ class Loop:
         trainer = self.trainer
         try:
             if flight.file.scores is None:
-                flight.file.set_scores(trainer.judged(Experience([flight.file])))
+                scores = trainer.judged(Experience([flight.file]))
+                with _together(trainer.ranks):
+                    flight.file.set_scores(scores)
             if flight.held_out is None:
                 flight.held_out = self._held_out(flight)
         except Exception:  # on every process alike
@@ -230,18 +243,19 @@ class Loop:
         scores = self.trainer.held_out_scores(Experience([flight.file]))
         if scores is None:
             return {}
-        total, count = self.trainer.ranks.sum(torch.stack([scores.nansum(), scores.isfinite().sum()]).double()).tolist()
+        known = scores[scores.isfinite()].double()
+        total, count = self.trainer.ranks.sum(torch.stack([known.sum(), torch.tensor(len(known)).double()])).tolist()
         return {"reward/held_out_score": total / count if count else float("nan")}
 
     def learn(self, flight: Flight) -> dict[str, float]:
         """Learn from the responses, or go on with that."""
         trainer = self.trainer
         if trainer.settings.max_staleness and flight.refreshed is None:
-            with trainer.learner.whole():
-                flight.refreshed = self._refreshed()
+            with trainer.learner.whole(), _together(trainer.ranks):
+                flight.refreshed = self._refreshed(flight)
 
         def on_step(progress: Progress) -> None:
-            flight.progress = progress
+            flight.progress, self.unsaved = progress, True
             every = trainer.settings.save_every_steps
             if every is not None and (progress.steps + progress.skipped) % every == 0:
                 self.save()
@@ -257,8 +271,9 @@ class Loop:
         if trainer.run.checkpoints is not None:
             trainer.saves += 1
             trainer.run.checkpoints.save(trainer.saves, kind=KIND, metrics=metrics or {}, **state_of(trainer))
+            self.unsaved = False
 
-    def _refreshed(self) -> RolloutFile:
+    def _refreshed(self, flight: Flight) -> RolloutFile:
         """Older responses that are still to be learnt from, as the policy and the critic see them now.
 
         `logprobs` and `values` are the present ones, `sampler_logprobs` those of the policy that sampled.
@@ -266,7 +281,10 @@ class Loop:
         trainer, settings = self.trainer, self.trainer.settings
         target = trainer.run.file("refreshed", trainer.updates)
         limits = {"max_rows": settings.max_batch_size, "max_tokens": settings.max_batch_tokens}
+        sampling = (flight.file.temperature, flight.file.eos_token)
         for file in trainer.run.kept(trainer.updates, settings.max_staleness):
+            if (file.temperature, file.eos_token) != sampling:  # of an earlier call of train, with other arguments
+                continue
             spans = file.spans()
             for rows in row_batches(spans, range(len(spans)), device=torch.device("cpu"), **limits):
                 old = file.select(rows)

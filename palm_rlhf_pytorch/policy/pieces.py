@@ -48,6 +48,7 @@ class Trainer(Protocol):
     learner: Learner
     prompts: Prompts
     reward_model: Judge
+    held_out_judge: Judge | None
     settings: PPOSettings
 
 
@@ -71,12 +72,20 @@ class Pieces:
         ranks, self.live = self.accelerator.num_processes, LiveBytes(self.device)
         self.share = -(-len(upcoming[0]) // ranks)
         self.upcoming = [update[: self.share] for update in upcoming]
-        self.longest = sorted([*texts] * -(-self.share // len(texts)), key=_total, reverse=True)  # in any update
+        self.older = [  # updates whose responses are learnt from again in each, as far as the run has had them
+            self.upcoming[max(0, number - self.settings.max_staleness) : number] for number in range(len(upcoming))
+        ]
+        self.lessons = [
+            [text for update in (*older, fresh) for text in update]
+            for older, fresh in zip(self.older, self.upcoming, strict=True)
+        ]
+        most = max(map(len, self.lessons))
+        self.longest, self.longest_lesson = _longest(texts, self.share), _longest(texts, most)  # in any update
         self.rows = min(self.share, self.settings.max_batch_size)
-        self.minibatch = min(self.share, max(1, self.settings.minibatch_size // ranks))
+        self.minibatch = min(most, max(1, self.settings.minibatch_size // ranks))
         self.generator = torch.Generator(self.device).manual_seed(0)
         # whether an optimizer step has passes that find the gradients of others
-        self.accumulates = len(self._passes(self.longest[: self.minibatch], self.minibatch)) > 1
+        self.accumulates = len(self._passes(self.longest_lesson[: self.minibatch], self.minibatch)) > 1
 
     def learning_bytes(self, texts: Texts) -> int:
         """Most bytes of tensors in one pass over these texts, forward and backward."""
@@ -88,30 +97,38 @@ class Pieces:
     def phases(self) -> list[Phase]:
         """Those of an update, in their order."""
         generate = self._generate()
-        observe = self._phase("observe", self._observe, at_once=self.rows)
-        score = self._phase("score", self._score, at_once=self.share)
-        learn, epochs = self._phase("learn", self._learn, at_once=self.minibatch), self.settings.epochs
+        observe = self._phase("observe", self._observe, self.longest, self.upcoming, at_once=self.rows)
+        score = self._phase("score", self._score, self.longest, self.upcoming, at_once=self.share)
+        learn = self._phase("learn", self._learn, self.longest_lesson, self.lessons, at_once=self.minibatch)
         _drop_gradients(self.trainer)
-        steps = mean(-(-len(update) // self.minibatch) for update in self.upcoming)
-        learn = learn._replace(seconds=epochs * (learn.seconds + steps * self._step_seconds()))
-        return [generate, observe, score, learn]
+        steps = mean(-(-len(lesson) // self.minibatch) for lesson in self.lessons)
+        old = [update for older in self.older for update in older]  # read anew before they are learnt from
+        reread = observe.seconds * self._work(old, self.share) / self._work(self.upcoming, self.rows)
+        learning = self.settings.epochs * (learn.seconds + steps * self._step_seconds())
+        return [generate, observe, score, learn._replace(seconds=reread + learning)]
 
-    def _phase(self, name: str, run: Callable[[dict[str, Any]], None], *, at_once: int) -> Phase:
+    def _phase(
+        self, name: str, run: Callable[[dict[str, Any]], None], longest: Texts, updates: Sequence[Texts], *,
+        at_once: int,
+    ) -> Phase:  # fmt: skip
         """Bytes of the largest pass, and an update's seconds; at_once is how many rows are cut into passes together."""
-        reading = self._reading(max(self._passes(self.longest, at_once), key=_padded))
+        reading = self._reading(max(self._passes(longest, at_once), key=_padded))
         with self.live:
             for _ in range(2 if name == "learn" and self.accumulates else 1):
                 run(reading)
         most = self.live.most
         del reading
-        typical = max(self._passes(self.upcoming[0], at_once), key=_padded)
+        typical = max(self._passes(updates[-1], at_once), key=_padded)
         spent = self._median_seconds(partial(run, self._reading(typical)))
-        padded = mean(sum(map(_padded, self._passes(update, at_once))) for update in self.upcoming)
-        return Phase(name, most, spent * padded / _padded(typical))
+        return Phase(name, most, spent * self._work(updates, at_once) / len(updates) / _padded(typical))
+
+    def _work(self, updates: Sequence[Texts], at_once: int) -> int:
+        """Tokens of all passes over some updates, padding included."""
+        return sum(_padded(part) for update in updates for part in self._passes(update, at_once))
 
     def _passes(self, texts: Texts, at_once: int) -> list[Texts]:
         """Cut texts into those of one pass over whole sequences."""
-        limits = {"max_rows": self.rows, "max_tokens": self.settings.max_batch_tokens}
+        limits = {"max_rows": self.settings.max_batch_size, "max_tokens": self.settings.max_batch_tokens}
         groups = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
         return [
             [group[row] for row in rows] for group in groups for rows in split_rows([*map(_total, group)], **limits)
@@ -145,8 +162,10 @@ class Pieces:
     def _score(self, reading: dict[str, Any]) -> None:
         sequences, prompts, responses = (reading[name] for name in ("sequences", "prompt_lengths", "lengths"))
         prompt_mask, mask = (lengths_to_mask(n, sequences.shape[1]) for n in (prompts, prompts + responses))
-        with evaluating(self.trainer.reward_model):
-            self.trainer.reward_model(sequences, prompt_mask=prompt_mask, mask=mask)
+        for judge in (self.trainer.reward_model, self.trainer.held_out_judge):
+            if judge is not None:
+                with evaluating(judge):
+                    judge(sequences, prompt_mask=prompt_mask, mask=mask)
 
     def _learn(self, reading: dict[str, Any]) -> None:
         """Forward and backward pass by the losses that learning takes."""
@@ -268,6 +287,11 @@ def _drop_gradients(trainer: Trainer) -> None:
 def trained_by(trainer: Trainer) -> list[nn.Parameter]:
     """What the optimizer holds."""
     return [*trainer.learner.actor.values(), *trainer.learner.critic.values()]
+
+
+def _longest(texts: Texts, count: int) -> Texts:
+    """The longest texts first, each as often as it may come among so many."""
+    return sorted([*texts] * -(-count // len(texts)), key=_total, reverse=True)
 
 
 def _total(text: Text) -> int:

@@ -7,22 +7,26 @@ from torch import nn
 
 from palm_rlhf_pytorch.policy.arguments import check_train_arguments
 from palm_rlhf_pytorch.policy.footprint import device_bytes_of, memory_in_use
-from palm_rlhf_pytorch.policy.pieces import Phase, Pieces, Text, Trainer, left_as_found, trained_by
+from palm_rlhf_pytorch.policy.pieces import Phase, Pieces, Text, Texts, Trainer, left_as_found, trained_by
+from palm_rlhf_pytorch.policy.records import CRC, FILE_START, MARKER, NUMBERS, RECORD_START, SCORES_HEADER
 
 UPDATES = 64  # whose passes are counted; in a longer run they stand for the others
 SHORT, FURTHER = 16, 64  # response tokens of the passes whose bytes are compared
-RESPONSE_BYTES, PROMPT_BYTES = 24, 4  # of experience on disk, a token
+# of experience on disk: a prompt's token, a response's, a response with its score beside that, a process's two files
+PROMPT_BYTES, RESPONSE_BYTES = 4, 4 + 4 * len(NUMBERS)
+ROW_BYTES, FILES_BYTES = RECORD_START + MARKER.size + 4, FILE_START + SCORES_HEADER.size + CRC.size
 
 
 class Plan(NamedTuple):
     """What a run will take, in each process.
 
     phases: "models" (weights, adapters and the optimizer's moments; no time), "generate", "observe" (old and reference
-        log-probabilities, values), "score" and "learn" (its bytes hold the gradients too).
-    updates: of the run. seconds_per_update: of a whole one; seconds: of the run.
+        log-probabilities, values), "score" (by both judges, if there are two) and "learn" (its bytes hold the
+        gradients too; its time that of reading old responses anew, if such are learnt from).
+    updates: of the run. seconds_per_update: of a whole one, on average; seconds: of the run.
     peak_bytes: most memory: of the whole process on a CPU, of tensors on a CUDA device.
     device_bytes: what the device has for this process; 0 where that cannot be asked.
-    disk_bytes: experience of one update, of all processes.
+    disk_bytes: experience of an update, of all processes; that of `keep_experience` updates stays.
     """
 
     phases: list[Phase]
@@ -58,7 +62,7 @@ def plan(
 ) -> Plan:
     """Memory and time of a run of `train`, arguments as there; every process must call it.
 
-    The judge is called with responses of random tokens. Only the phases are timed, not the little between them.
+    The judges are called with responses of random tokens. Only the phases are timed, not the little between them.
 
     Raises:
         ValueError: if `train` would refuse the arguments.
@@ -90,7 +94,7 @@ def plan(
         seconds=seconds * num_episodes / size,
         peak_bytes=resident + to_come,
         device_bytes=device_bytes_of(device),
-        disk_bytes=max(sum(PROMPT_BYTES * p + RESPONSE_BYTES * t for _, p, t in update) for update in upcoming),
+        disk_bytes=max(map(_stored, upcoming)) + FILES_BYTES * trainer.accelerator.num_processes,
     )
 
 
@@ -131,11 +135,17 @@ def memory_to_learn(
 
 def _models(trainer: Trainer) -> tuple[int, int, int]:
     """Bytes of all weights, of the optimizer's two moments, and of those it has yet to make."""
-    modules = [part for part in (trainer.actor_critic, trainer.reward_model) if isinstance(part, nn.Module)]
+    parts = (trainer.actor_critic, trainer.reward_model, trainer.held_out_judge)
+    modules = [part for part in parts if isinstance(part, nn.Module)]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     new = [parameter.nbytes for parameter in trained_by(trainer) if not trainer.learner.optimizer.state.get(parameter)]
     return sum(storages.values()), 2 * sum(parameter.nbytes for parameter in trained_by(trainer)), 2 * sum(new)
+
+
+def _stored(update: Texts) -> int:
+    """Bytes of the records of an update, and of their scores."""
+    return sum(ROW_BYTES + PROMPT_BYTES * text.prompt + RESPONSE_BYTES * text.response for text in update)
 
 
 def _size(count: int) -> str:

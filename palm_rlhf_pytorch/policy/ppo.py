@@ -182,7 +182,7 @@ class RLHFTrainer(PolicyTrainer):
         """
         lesson, metrics = lesson_from(
             source, self.settings, ranks=self.ranks, normalizer=self.normalizer, kl_coef=self.kl_coef,
-            version=self.updates,
+            version=min(self.updates, int(source.versions.max())),  # a rollout handed in may be older than the policy
         )  # fmt: skip
         random = partial(self.learning_generator, self.updates)
         metrics |= self.learner.update(lesson, random=random, progress=progress, on_step=on_step)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy import identities
 from palm_rlhf_pytorch.policy.judge_checks import (
+    held_out_judge,
     judge_and_padding,
     judge_repeats,
     judge_scores,
@@ -90,12 +90,11 @@ def preflight(
     eos_token: int | None = None,
     temperature: float = 1.0,
     memory: Callable[[], tuple[float, float]] | None = None,
-    palm: PaLM | None = None,
 ) -> Report:
     """Sample a few short responses and check on them what PPO takes for granted; a second or two for a small model.
 
     Nothing of the trainer changes: weights, gradients, optimizer, counters, modes, global random states. The judge is
-    called about ten times, with six responses or one.
+    called about ten times, with six responses or one; a held-out judge once.
 
     Args:
         trainer: an RLHFTrainer.
@@ -104,7 +103,6 @@ def preflight(
         eos_token: likewise.
         temperature: likewise.
         memory: gives the bytes that a step of learning needs, and those there are; None leaves that check out.
-        palm: the model the trainer was built of, whose weights its trunk must still have; None leaves that out.
 
     Returns:
         Report; a failing check is in it and raises nothing, nor does an error of a model or a judge.
@@ -112,7 +110,7 @@ def preflight(
     started = time.perf_counter()
     probe = Probe(
         trainer, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token, temperature=temperature,
-        memory=memory, palm=palm,
+        memory=memory,
     )  # fmt: skip
     checks: dict[str, Check] = {}
     with evaluating(trainer.learner.model), evaluating(trainer.actor_critic), _random_states_kept():
@@ -145,7 +143,7 @@ def _taken(step: Step, probe: Probe, checks: dict[str, Check]) -> Finding:
             "fail", f"raised {type(error).__name__}: {textwrap.shorten(text, 300)}",
             "call judge(sequences, prompt_mask=..., mask=...) yourself on ids (b, n): it must return a tensor of b"
             " numbers, (b,), not (b, 1) or a list"
-            if step.run is judge_scores
+            if step.run in (judge_scores, held_out_judge)
             else "the model or a setting raised this: trainer.rollout and trainer.learn on a few prompts show where",
         )  # fmt: skip
 
@@ -171,6 +169,7 @@ STEPS = (
     Step("judge tells apart", judge_tells_apart, after=("judge's scores",)),
     Step("judge and padding", judge_and_padding, unless=("judge repeats",)),
     Step("normalisation", normalisation, unless=("judge tells apart",)),
+    Step("held-out judge", held_out_judge, after=("sampling",)),
 )
 
 

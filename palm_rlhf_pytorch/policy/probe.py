@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, PolicyOutput
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.prompts import Prompts
@@ -47,6 +46,7 @@ class Trainer(Protocol):
     actor_critic: ActorCritic
     learner: Learner
     reward_model: Judge
+    held_out_judge: Judge | None
     prompts: Prompts
     settings: PPOSettings
     normalizer: ScoreNormalizer
@@ -90,10 +90,9 @@ class Probe:
 
     def __init__(
         self, trainer: Trainer, *, max_seq_len: int, max_new_tokens: int | None, eos_token: int | None,
-        temperature: float, memory: Callable[[], tuple[float, float]] | None = None, palm: PaLM | None = None,
+        temperature: float, memory: Callable[[], tuple[float, float]] | None = None,
     ) -> None:  # fmt: skip
-        self.memory, self.palm = memory, palm
-        self.trainer, self.eos_token, self.temperature = trainer, eos_token, temperature
+        self.trainer, self.memory, self.eos_token, self.temperature = trainer, memory, eos_token, temperature
         self.max_seq_len, self.max_new_tokens = max_seq_len, max_new_tokens
         self.settings, self.device = trainer.settings, trainer.accelerator.device
         # not the wrapper: its hooks would have all ranks wait for one another

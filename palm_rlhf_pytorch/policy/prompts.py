@@ -3,6 +3,7 @@
 An epoch is a permutation of all prompts, drawn from (seed, epoch) alone: where training stands is two numbers.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class Prompts:
         self.ids, self.lengths, self.seed = ids, lengths, seed
         self.taken = 0  # prompts handed out since the start, over all processes
         self._order: tuple[tuple[int, int], Tensor] | None = None
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,6 +65,14 @@ class Prompts:
             raise ValueError(f"count ({count}) of prompts must be at least 1")
         share = -(-count // of)
         return self.next_rows(share * of)[rank * share : (rank + 1) * share]
+
+    def digest(self) -> str:
+        """SHA-256 of all prompts: what a run learns from must be what it learnt from before."""
+        if self._digest is None:
+            found = hashlib.sha256(self.lengths.numpy().tobytes())
+            found.update(self.ids.contiguous().numpy().data)
+            self._digest = found.hexdigest()
+        return self._digest
 
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (b, p) and mask (b, p) of some prompts, padded to the longest of them."""

@@ -7,6 +7,7 @@
 Knows no model.
 """
 
+import re
 import shutil
 import tempfile
 import weakref
@@ -19,6 +20,8 @@ from palm_rlhf_pytorch.policy.learning import Progress
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint, Checkpoints
 from palm_rlhf_pytorch.training.ranks import Ranks
 
+NAME = re.compile(r"(?P<kind>update|refreshed)-(?P<number>\d{8})\.rank-(?P<rank>\d+)\.rollouts(\.scores)?")
+
 
 @dataclass
 class Flight:
@@ -26,6 +29,7 @@ class Flight:
 
     Attributes:
         taken: prompts handed out before it.
+        size: responses of it, over all processes.
         file: its responses, as far as they are sampled; their scores, once there are some.
         refreshed: older responses as the policy sees them at the beginning of the update, where such are learnt from.
         progress: how far learning has come; None before it.
@@ -33,6 +37,7 @@ class Flight:
     """
 
     taken: int
+    size: int
     file: RolloutFile
     refreshed: RolloutFile | None = None
     progress: Progress | None = None
@@ -65,10 +70,11 @@ class Run:
         self, folder: str | Path | None, ranks: Ranks, *, keep_last: int, keep_best: str | None, keep_experience: int
     ) -> None:
         self.ranks, self.keep_experience = ranks, keep_experience
+        self.begun = False  # whether this trainer goes on with what the folder holds
         self.checkpoints: Checkpoints | None = None
         self.folder: Path | None = None
         if folder is not None:
-            self.folder = Path(folder)
+            self.folder = Path(folder).resolve()  # wherever the program goes meanwhile
             if self.folder.exists() and not self.folder.is_dir():
                 raise ValueError(f"run_dir ({folder}) is not a folder")
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,20 +113,55 @@ class Run:
 
     def prune(self, updates: int) -> None:
         """Delete this process's responses that are no longer to be kept, now that so many updates are done."""
-        for path in self._own():
-            number = int(path.name.split("-")[1].split(".")[0])
-            if path.name.startswith("refreshed-") or number < updates - self.keep_experience:
+        for path, (kind, number) in self._own().items():
+            if kind == "refreshed" or number < updates - self.keep_experience:
                 path.unlink(missing_ok=True)
 
-    def take_files(self, checkpoint: Checkpoint | None) -> None:
-        """Make this process's experience what a checkpoint holds of it; None for nothing."""
-        for path in self._own():
-            path.unlink(missing_ok=True)
-        held: Mapping[str, Path] = {} if checkpoint is None else checkpoint.files
-        for name, source in held.items():
-            if f".rank-{self.ranks.rank}." in name:
-                shutil.copyfile(source, self.experience_folder / name)
+    def fetch(self, checkpoint: Checkpoint, *, num_tokens: int) -> dict[str, Path]:
+        """Copies of this process's experience in a checkpoint, by name, beside the run's own, and whole.
 
-    def _own(self) -> list[Path]:
-        mark = f".rank-{self.ranks.rank}."
-        return [path for path in sorted(self.experience_folder.iterdir()) if mark in path.name]
+        Raises:
+            ValueError: if a file is damaged, or holds ids that the model has not.
+            OSError: if the disk refuses; nothing is left behind then.
+        """
+        copies: dict[str, Path] = {}
+        try:
+            for name in sorted(checkpoint.files):
+                if (match := NAME.fullmatch(name)) and int(match["rank"]) == self.ranks.rank:
+                    copies[name] = self.experience_folder / f"fetched.{name}"
+                    shutil.copyfile(checkpoint.files[name], copies[name])
+            for name, path in copies.items():
+                if name.endswith(".rollouts"):
+                    _check_ids(RolloutFile(path), num_tokens, checkpoint.path)
+        except BaseException:
+            for path in copies.values():
+                path.unlink(missing_ok=True)
+            raise
+        return copies
+
+    def take_files(self, fetched: Mapping[str, Path], updates: int) -> None:
+        """Put fetched files in place; responses of this update and later ones, which are to come again, go."""
+        for path, (_, number) in self._own().items():
+            if number >= updates:
+                path.unlink(missing_ok=True)
+        for name, path in fetched.items():
+            path.replace(self.experience_folder / name)
+
+    def _own(self) -> dict[Path, tuple[str, int]]:
+        """This process's files: what they are of, and of which update."""
+        found = {}
+        for path in self.experience_folder.iterdir():
+            match = NAME.fullmatch(path.name)
+            if match and int(match["rank"]) == self.ranks.rank:
+                found[path] = match["kind"], int(match["number"])
+        return found
+
+
+def _check_ids(file: RolloutFile, num_tokens: int, source: Path) -> None:
+    """Raise unless all tokens are of the model's vocabulary: an id beyond it would end a CUDA process."""
+    for row in range(len(file)):
+        ids = file.read(row).ids
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_tokens:
+            raise ValueError(
+                f"{source} holds responses with ids outside the model's {num_tokens}; nothing was taken over"
+            )

@@ -172,17 +172,23 @@ def counted_scores(
     """
     counted = scores.isfinite()
     bad, total = ranks.sum(torch.stack([(~counted).sum(), torch.tensor(len(scores))]).double()).tolist()
-    named = _listed((~counted).nonzero()[:, 0].tolist())
-    told = (
-        f"{bad:.0f} of {total:.0f} scores in {where} are NaN or infinite: responses {named}, to prompts"
-        f" {_listed(prompt_rows[~counted].tolist())}"
+    if not bad:
+        return counted
+    own = (~counted).nonzero()[:, 0].tolist(), prompt_rows[~counted].tolist()
+    named = "; ".join(
+        f"responses {_listed(rows)}"
+        + (f" of process {rank}" if ranks.count > 1 else "")
+        + f", to prompts {_listed(of)}"
+        for rank, (rows, of) in enumerate(ranks.gather_values(own))
+        if rows
     )
+    told = f"{bad:.0f} of {total:.0f} scores in {where} are NaN or infinite: {named}"
     if bad > max_dropped * total:
         raise ValueError(
             f"{told}. More than max_dropped ({max_dropped:.0%}) is no accident: look at the judge; nothing was learnt"
             " from these responses"
         )
-    if bad and warn:
+    if warn and ranks.rank == 0:
         warnings.warn(f"{told}; these responses are left out", stacklevel=2)
     return counted
 

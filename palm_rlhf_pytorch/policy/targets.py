@@ -45,13 +45,15 @@ def make_targets(rollout: Rollout, scores: Tensor, *, kl_coef: float, gamma: flo
 class Source(Protocol):
     """Where rows come from, n of them: a `Rollout` in memory, or experience on disk.
 
-    ended, prompt_rows, eos_token, scores: as in Rollout, (n,).
+    ended, prompt_rows, versions, eos_token, scores: as in Rollout, (n,).
     """
 
     @property
     def ended(self) -> Tensor: ...  # noqa: D102
     @property
     def prompt_rows(self) -> Tensor: ...  # noqa: D102
+    @property
+    def versions(self) -> Tensor: ...  # noqa: D102
     @property
     def eos_token(self) -> int | None: ...  # noqa: D102
     @property
@@ -113,6 +115,11 @@ class Lesson:
         advantages = ((targets.advantages - self.whitening.mean) * scale).to(targets.advantages.dtype)
         advantages = (advantages * self.importance(rollout)).masked_fill(~rollout.response_mask, 0.0)
         return rollout, targets._replace(advantages=advantages)
+
+    @property
+    def fresh(self) -> Tensor:
+        """True on rows that this policy has sampled, whether they count or not, (n,)."""
+        return self.source.versions >= self.version
 
     def importance(self, rollout: Rollout) -> Tensor:
         """Weight of each token of a row: 1 if it was sampled by this policy, else how much likelier it is now, (b, t).

@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,7 @@ from palm_rlhf_pytorch.policy.run import Flight, Run
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.policy.sharding import spread_like, whole_tensor
+from palm_rlhf_pytorch.policy.trainer_record import COUNTERS, FlightRecord, Record, read_record
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
 from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -34,7 +35,6 @@ from palm_rlhf_pytorch.training.tensor_file import check_state
 
 KIND = "RLHFTrainer"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
-COUNTERS = ("rollouts", "answers", "episodes", "updates", "saves")
 FREE = (  # settings that a run may go on without: the bits may differ, the run is the same
     "actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing", "judge_timeout",
     "max_dropped", "max_skipped_steps", "keep_experience", "save_every", "save_every_steps", "save_rollouts",
@@ -80,6 +80,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "palm": trainer.actor_critic.palm.config,
         "settings": trainer.settings.plain(),
         "trunk": _trunk(trainer),
+        "prompts": trainer.prompts.digest(),
+        "precision": trainer.accelerator.mixed_precision,
         "seed": trainer.seed,
         "processes": trainer.ranks.count,
         "counters": {name: getattr(trainer, name) for name in COUNTERS},
@@ -92,7 +94,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "learning_rates": [float(group["lr"]) for group in trainer.learner.optimizer.param_groups],
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "call": None if trainer.call is None else asdict(trainer.call),
-        "flight": None if flight is None else _flight_state(flight),
+        "flight": None if flight is None else _flight_state(trainer, flight),
         "random": trainer.ranks.gather_values(random_states()),
     }
     kept = trainer.run.kept(trainer.updates, trainer.settings.max_staleness) if trainer.settings.max_staleness else []
@@ -118,55 +120,86 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     _check_same(path, values.get("settings", {}), trainer.settings.plain())
     if values["trunk"] != _trunk(trainer):
         raise ValueError(f"{path} was trained over another palm: its frozen weights differ from this trainer's")
-    flight = values["flight"]
-    if values["processes"] != trainer.ranks.count:
+    if values.get("prompts") != trainer.prompts.digest():
+        raise ValueError(f"{path} was trained on other prompts than this trainer's")
+    if values.get("precision") != trainer.accelerator.mixed_precision:
+        raise ValueError(
+            f"{path} was trained with mixed_precision={values.get('precision')!r}, this trainer has"
+            f" {trainer.accelerator.mixed_precision!r}"
+        )
+    record = read_record(path, values, num_groups=len(trainer.learner.optimizer.param_groups))
+    alike = record.processes == trainer.ranks.count
+    if not alike:
         warnings.warn(
-            f"{path} was written by {values['processes']} processes, this run has {trainer.ranks.count}: it goes on,"
+            f"{path} was written by {record.processes} processes, this run has {trainer.ranks.count}: it goes on,"
             " but not to the same bits; the update that was in hand, if any, begins anew from where the weights are",
             stacklevel=4,
         )
-        flight = None
+        record.flight = None
+    elif record.flight is not None and record.flight.max_batch_size != trainer.settings.max_batch_size:
+        if record.flight.progress is None:  # by other batches other prompts would be answered
+            record.flight = None
+    fetched, error = {}, None
+    try:
+        fetched = trainer.run.fetch(checkpoint, num_tokens=trainer.actor_critic.palm.num_tokens)
+        if record.flight is not None and f"{_file_name('update', record, trainer)}" not in fetched:
+            record.flight = None if record.flight.progress is None else _missing(path)
+    except Exception as raised:
+        error = raised
+    trainer.ranks.raise_together(error)
+    _apply(trainer, record, checkpoint, fetched)
+    if alike:
+        set_random_states(record.random[trainer.ranks.rank])
 
+
+def _file_name(kind: str, record: Record, trainer: Trainer) -> str:
+    return f"{kind}-{record.counters['updates']:08d}.rank-{trainer.ranks.rank}.rollouts"
+
+
+def _missing(path: Path) -> NoReturn:
+    raise ValueError(f"{path} lacks the responses that are being learnt from; nothing was taken over")
+
+
+def _apply(trainer: Trainer, record: Record, checkpoint: Checkpoint, fetched: dict[str, Path]) -> None:
+    """Take over what was checked."""
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in _trained(trainer).items():
             parameter.copy_(spread_like(parameter, checkpoint.tensors["model"][name]))
-    _restore_optimizer(trainer, moments)
-    for group, lr in zip(trainer.learner.optimizer.param_groups, values["learning_rates"], strict=True):
+    _restore_optimizer(trainer, checkpoint.tensors.get("optimizer", {}))
+    for group, lr in zip(trainer.learner.optimizer.param_groups, record.learning_rates, strict=True):
         group["lr"] = lr
-    if trainer.accelerator.scaler is not None and values["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(values["scaler"])
-    trainer.seed = trainer.prompts.seed = values["seed"]
-    trainer.prompts.taken = values["prompts_taken"]
-    for name in COUNTERS:
-        setattr(trainer, name, values["counters"][name])
-    trainer.learner.steps, trainer.learner.skipped_in_a_row = values["steps"], values["skipped_in_a_row"]
-    trainer.kl_coef = values["kl_coef"]
-    trainer.normalizer.restore(values["normalizer"])
-    trainer.doctor.restore(values["doctor"])
-    trainer.call = None if values["call"] is None else Call(**values["call"])
-    trainer.run.take_files(checkpoint)
-    trainer.flight = None if flight is None else _restored_flight(trainer, flight)
-    if values["processes"] == trainer.ranks.count:
-        set_random_states(values["random"][trainer.ranks.rank])
+    if trainer.accelerator.scaler is not None and record.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(record.scaler)
+    trainer.seed = trainer.prompts.seed = record.seed
+    trainer.prompts.taken = record.prompts_taken
+    for name, count in record.counters.items():
+        setattr(trainer, name, count)
+    trainer.learner.steps, trainer.learner.skipped_in_a_row = record.steps, record.skipped_in_a_row
+    trainer.kl_coef, trainer.call = record.kl_coef, record.call
+    trainer.normalizer.restore(record.normalizer)
+    trainer.doctor.restore(record.doctor)
+    trainer.run.take_files(fetched, trainer.updates)
+    trainer.flight = None if record.flight is None else _restored_flight(trainer, record.flight)
 
 
-def _flight_state(flight: Flight) -> dict[str, Any]:
-    return {
-        "refreshed": flight.refreshed is not None,
-        "held_out": flight.held_out,
-        "progress": None if flight.progress is None else flight.progress.state(),
-    }
+def _flight_state(trainer: Trainer, flight: Flight) -> dict[str, Any]:
+    progress = None if flight.progress is None else flight.progress.state()
+    return asdict(
+        FlightRecord(
+            flight.size, trainer.settings.max_batch_size, flight.refreshed is not None, flight.held_out, progress
+        )
+    )
 
 
-def _restored_flight(trainer: Trainer, state: dict[str, Any]) -> Flight:
-    run, number = trainer.run, trainer.updates
-    progress, device = state["progress"], trainer.accelerator.device
+def _restored_flight(trainer: Trainer, kept: FlightRecord) -> Flight:
+    run, number, device = trainer.run, trainer.updates, trainer.accelerator.device
     return Flight(
         trainer.prompts.taken,
+        kept.size,
         run.file("update", number, fresh=False),
-        run.file("refreshed", number, fresh=False) if state["refreshed"] else None,
-        None if progress is None else Progress.restored(progress, device=device),
-        state["held_out"],
+        run.file("refreshed", number, fresh=False) if kept.refreshed else None,
+        None if kept.progress is None else Progress.restored(kept.progress, device=device),
+        kept.held_out,
     )
 
 
@@ -182,6 +215,9 @@ def _check_tensors(
             for moment in MOMENTS
         }
         check_state(shapes, moments, path=path)
+    for name, tensor in (model | moments).items():
+        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+            raise ValueError(f"{path} holds numbers in {name} that are not finite: no trainer has written that")
 
 
 def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:

@@ -115,8 +115,13 @@ class MetricsLog:
         values = {name: float(value) for name, value in metrics.items()}
         if self.path is not None and self._is_main:
             line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            text = json.dumps(line, allow_nan=False) + "\n"
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError as error:
+                reason = f"{error.strerror or error}: {len(text):,} bytes of metrics were not written"
+                raise OSError(error.errno, reason, str(self.path)) from error
         if self.accelerator is not None and self.accelerator.trackers:
             self.accelerator.log(values, step=step)
 

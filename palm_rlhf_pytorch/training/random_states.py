@@ -25,6 +25,21 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def check_random_states(kept: Any) -> None:
+    """Raise a ValueError unless these are states that `set_random_states` can take over."""
+    try:
+        version, internal, gauss = kept["python"]
+        random.Random().setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = kept["numpy"]
+        trial = np.random.RandomState()
+        trial.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.Generator().set_state(_bytes(kept["torch"]))
+        for state in kept["cuda"]:
+            _bytes(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, IndexError) as error:
+        raise ValueError(f"random states are not what a run keeps ({type(error).__name__}: {error})") from error
+
+
 def set_random_states(kept: dict[str, Any]) -> None:
     """Take over what `random_states` gave; CUDA's only where there are as many devices."""
     version, internal, gauss = kept["python"]

@@ -54,7 +54,8 @@ def test_models_are_weights_once_and_two_moments_a_trained_number(make_trainer, 
 def test_updates_and_experience_on_disk(make_trainer, lengths, responses):
     found = plan(make_trainer(), 12, update_timesteps=5, **lengths)
     assert found.updates == 3  # of 5, 5 and 2 responses
-    assert found.disk_bytes == 4 * (5 + 1 + 2 + 3 + 4) + 24 * responses
+    # a token, a record, the file's header, the scores' header and checksum, a score
+    assert found.disk_bytes == 4 * (5 + 1 + 2 + 3 + 4) + 24 * responses + 52 * 5 + 32 + 24 + 4 * 5
     assert found.seconds == pytest.approx(found.seconds_per_update * 12 / 5)
 
 
@@ -72,6 +73,64 @@ def test_times_are_those_of_the_pieces_by_the_passes_there_will_be(make_trainer,
     # a second for the prompts of 3 rows, then a second for their 2 other tokens
     assert seconds["generate"] == pytest.approx(5 / 3 + 5 / 3)
     assert found.seconds_per_update == pytest.approx(5 + 9 + 10 / 3)
+
+
+def test_experience_on_disk_is_what_an_update_leaves_there(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path, keep_experience=2)
+    expected = plan(trainer, 10, update_timesteps=5, max_new_tokens=3).disk_bytes
+    trainer.train(10, update_timesteps=5, max_new_tokens=3, preflight=False, use_tqdm=False)
+    for update in (0, 1):
+        files = [*(tmp_path / "experience").glob(f"update-{update:08d}.*")]
+        assert len(files) == 2 and sum(file.stat().st_size for file in files) == expected
+
+
+def test_old_responses_are_read_anew_and_learnt_from_again(make_trainer, monkeypatch):
+    ticks = count()
+    monkeypatch.setattr(pieces, "clock", lambda device: float(next(ticks)))
+    trainer = make_trainer(
+        prompt_token_ids=equal_prompts(5, 2), max_batch_size=3, minibatch_size=4, max_batch_tokens=12, epochs=2,
+        max_staleness=2,
+    )  # fmt: skip
+    seconds = {phase.name: phase.seconds for phase in plan(trainer, 20, update_timesteps=5, max_new_tokens=3).phases}
+    assert seconds["observe"] == seconds["score"] == pytest.approx(5 / 2)
+    # four updates learn from 5, 10, 15 and 15 rows, two a pass, in 2, 3, 4 and 4 steps; 25 rows in all are old ones
+    assert seconds["learn"] == pytest.approx(25 / 4 / 2 + 2 * (45 / 4 / 2 + 13 / 4))
+
+
+def test_a_minibatch_of_old_and_new_responses_holds_as_much_as_one_of_so_many_new(make_trainer):
+    options = {"prompt_token_ids": equal_prompts(15, 2), "minibatch_size": 15, "max_batch_tokens": 99}
+    held = [
+        by_name(plan(make_trainer(**options, max_staleness=staleness), 15, update_timesteps=size, max_new_tokens=3))
+        for staleness, size in ((2, 5), (0, 15), (0, 5))
+    ]
+    mixed, new, few = (phases["learn"].bytes for phases in held)
+    assert mixed == new > 2 * few
+    assert held[0]["generate"].bytes == held[2]["generate"].bytes < held[1]["generate"].bytes
+
+
+class Slow(torch.nn.Module):
+    """A judge that takes its time, of a clock made by hand."""
+
+    def __init__(self, seconds: float, now: list[float]) -> None:
+        super().__init__()
+        self.seconds, self.now, self.table = seconds, now, torch.nn.Parameter(torch.zeros(7, 11))
+
+    def forward(self, sequences: Tensor, **masks: Tensor) -> Tensor:
+        self.now[0] += self.seconds
+        return sequences.sum(dim=-1).float()
+
+
+def test_a_held_out_judge_costs_its_calls_and_its_weights(make_trainer, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pieces, "clock", lambda device: now[0])
+    options = {"prompt_token_ids": equal_prompts(5, 2), "max_batch_tokens": 12, "reward_model": Slow(1.0, now)}
+    alone, both = (
+        by_name(plan(make_trainer(**options, held_out_judge=other), 5, max_new_tokens=3))
+        for other in (None, Slow(3.0, now))
+    )
+    # five rows, two a call
+    assert (alone["score"].seconds, both["score"].seconds) == pytest.approx((5 / 2, (1 + 3) * 5 / 2))
+    assert both["models"].bytes - alone["models"].bytes == 4 * 7 * 11
 
 
 def noisy_judge(sequences: Tensor, *, prompt_mask: Tensor, mask: Tensor) -> Tensor:
@@ -97,7 +156,8 @@ def digest(trainer: RLHFTrainer) -> str:
 
 @pytest.mark.filterwarnings("ignore:actor_dropout")
 def test_a_plan_leaves_everything_as_it_was(make_trainer):
-    options = {"reward_model": noisy_judge, "actor_dropout": 0.2, "critic_dropout": 0.1, "entropy_coef": 0.01}
+    judges = {"reward_model": noisy_judge, "held_out_judge": noisy_judge}
+    options = judges | {"max_staleness": 1, "actor_dropout": 0.2, "critic_dropout": 0.1, "entropy_coef": 0.01}
     trainer = make_trainer(**options, max_batch_tokens=12, dual_clip=3.0)
     trainer.train(5, max_new_tokens=3, use_tqdm=False)
     trainer.actor_critic.value_head.weight.grad = torch.ones(1, 12)  # someone's own, to be found again
