@@ -40,10 +40,10 @@ class Call:
         """Responses of the next update."""
         return min(self.update_timesteps, self.num_episodes - self.done)
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Number of the next update, from 1, and of how many."""
-        return self.updates + 1, self.updates + -(-(self.num_episodes - self.done) // self.update_timesteps)
+    def place(self, size: int) -> tuple[int, int]:
+        """Number of the next update, which has `size` responses, from 1, and of how many."""
+        after = -(-(self.num_episodes - self.done - size) // self.update_timesteps)
+        return self.updates + 1, self.updates + 1 + max(0, after)
 
     def resumed(self, kept: dict[str, Any]) -> "Call":
         """This call where the one in a checkpoint stood; another num_episodes makes the run longer or shorter.

@@ -162,7 +162,8 @@ class Loop:
     def update(self, bar: tqdm) -> dict[str, float]:
         """One update, or what is left of it."""
         trainer, self.unsaved = self.trainer, True
-        scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place))
+        size = self.call.size if trainer.flight is None else trainer.flight.size
+        scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place(size)))
         started = time.perf_counter()
         flight = self.collect()  # 1. collect
         self.score(flight)  # 2. score

@@ -1,7 +1,8 @@
 """The plan of a run beside the run: peak memory of a process, seconds of an update's rollout and of its learning.
 
-Each is taken in a process of its own, in turn: one makes the plan and learns nothing, the other trains for two updates
-and gives the second one's times. Responses are of full length. What should be near 1 is planned / measured.
+Each is taken in a process of its own, in turn: one makes the plan and learns nothing, the other trains for two updates,
+or as many more as old responses are kept, and gives the last one's times. Responses are of full length. What should be
+near 1 is planned / measured.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from palm_rlhf_pytorch import RewardModel, RLHFTrainer
-from palm_rlhf_pytorch.policy.plan import plan
+from palm_rlhf_pytorch.policy.plan import UPDATES, plan
 from tests.benchmarks.counts import PPO_SMALL, Shape
 from tests.benchmarks.harness import Bench, Case, main
 from tests.benchmarks.memory import _resident
@@ -37,17 +38,26 @@ class Job:
     new: int = 64
     lora: bool = True
     checkpointing: bool = False
+    staleness: int = 0
+    held_out: bool = False
 
     @property
     def sampling(self) -> dict[str, int]:
         """Arguments of `train` and of `plan`."""
         return {"max_seq_len": self.prompt + self.new, "update_timesteps": self.count}
 
+    @property
+    def episodes(self) -> int:
+        """Of a run whose last update is like all that would follow."""
+        return (2 + self.staleness) * self.count
+
 
 JOBS = {
     "128x4": Job(TINY),
     "128x4 whole": Job(TINY, lora=False),
     "128x4 long": Job(TINY, count=32, prompt=32, new=224),
+    "128x4 stale": Job(TINY, staleness=1),
+    "128x4 held out": Job(TINY, held_out=True),
     "256x4 v2000": Job(WIDE),
     "256x4 v2000 checkpointing": Job(WIDE, checkpointing=True),
     "256x4 v2000 whole": Job(WIDE, lora=False),
@@ -87,21 +97,24 @@ def _apart(who: str, name: str, device: torch.device) -> dict[str, float]:
 def _trainer(job: Job, device: torch.device) -> RLHFTrainer:
     palm = our_model(job.shape, dtype=torch.float32, device=device)
     ids = torch.randint(1, job.shape.num_tokens, (job.count, job.prompt))
+    other = RewardModel(our_model(job.shape, dtype=torch.float32, device=device)) if job.held_out else None
     return RLHFTrainer(
         palm=palm, reward_model=RewardModel(palm), prompt_token_ids=ids, actor_lora=job.lora, critic_lora=job.lora,
-        activation_checkpointing=job.checkpointing, accelerate_kwargs={"cpu": device.type == "cpu"},
+        activation_checkpointing=job.checkpointing, max_staleness=job.staleness, held_out_judge=other,
+        accelerate_kwargs={"cpu": device.type == "cpu"},
     )  # fmt: skip
 
 
 def _planned(job: Job, device: torch.device) -> dict[str, float]:
-    found = plan(_trainer(job, device), 2 * job.count, **job.sampling)
+    many = UPDATES * job.count  # of which the first ones, with fewer old responses, are few
+    found = plan(_trainer(job, device), many if job.staleness else job.episodes, **job.sampling)
     seconds = {phase.name: phase.seconds for phase in found.phases}
     rollout = sum(seconds[name] for name in ("generate", "observe", "score"))
     return _named(peak=found.peak_bytes, rollout=rollout, learn=seconds["learn"])
 
 
 def _measured(job: Job, device: torch.device) -> dict[str, float]:
-    _, last = _trainer(job, device).train(2 * job.count, use_tqdm=False, **job.sampling)
+    *_, last = _trainer(job, device).train(job.episodes, use_tqdm=False, **job.sampling)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
     return _named(peak=peak, rollout=last["perf/rollout_seconds"], learn=last["perf/learn_seconds"])
 
