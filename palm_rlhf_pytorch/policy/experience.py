@@ -12,7 +12,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from palm_rlhf_pytorch.policy.records import (
     INDEX,
     NUMBERS,
     RECORD_START,
+    Decoder,
     Row,
     checked_arrays,
+    described,
     file_header,
     read_file_header,
     read_row,
@@ -38,14 +40,6 @@ from palm_rlhf_pytorch.policy.scores import Judge, judge_source
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 
 GATHERED = 1 << 20  # bytes that are handed to the disk together
-
-
-class Decoder(Protocol):
-    """A tokenizer, as far as reading needs one."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
-        ...
 
 
 class RolloutFile:
@@ -272,10 +266,22 @@ class Experience:
             scores=None if scores is None else scores[wanted],
         )
 
-    def rescore(self, judge: Judge, *, max_batch_size: int, max_batch_tokens: int, where: str = "rescore") -> None:
+    def rescore(
+        self,
+        judge: Judge,
+        *,
+        max_batch_size: int = 64,
+        max_batch_tokens: int = 4096,
+        max_dropped: float = 0.1,
+        where: str = "rescore",
+    ) -> None:
         """Have all responses judged again, a batch in memory at a time; arguments as `judge_source`.
 
-        Nothing is written before all are judged; then each file's scores are replaced whole.
+        Nothing is written before all are judged; then each file's scores are replaced whole. A response whose score is
+        not finite counts nowhere; if more than max_dropped of them are, the old scores stay.
+
+        Raises:
+            ValueError: in that case.
         """
         if not len(self):
             return
@@ -283,6 +289,12 @@ class Experience:
             judge, self, device=self.device, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
             where=where,
         )  # fmt: skip
+        bad = int((~scores.isfinite()).sum())
+        if bad > max_dropped * len(scores):
+            raise ValueError(
+                f"{bad} of {len(scores)} scores in {where} are NaN or infinite, more than max_dropped"
+                f" ({max_dropped:.0%}): the old scores stay"
+            )
         for file, share in zip(self.files, scores.split([*map(len, self.files)]), strict=True):
             if len(file):
                 file.set_scores(share)
@@ -300,7 +312,7 @@ class Experience:
         scores = [math.nan] * len(self) if self.scores is None else self.scores.tolist()
         with replacing(path) as file:
             for row, score in zip(self._read(range(len(self))), scores, strict=True):
-                line = json.dumps(_described(row, score, tokenizer), allow_nan=False)
+                line = json.dumps(described(row, score, tokenizer), allow_nan=False)
                 file.write(line.encode() + b"\n")
 
     @property
@@ -327,21 +339,3 @@ class Experience:
 
     def _tensor(self, values: Iterable[Any]) -> Tensor:
         return torch.tensor(list(values), device=self.device)
-
-
-def _described(row: Row, score: float, tokenizer: Decoder | None) -> dict[str, Any]:
-    """What a line of JSON says of a row."""
-    ids = row.ids.tolist()
-    prompt, response = ids[: row.prompt_length], ids[row.prompt_length :]
-    logprobs, ref_logprobs = row.numbers[:2].astype(np.float64)
-    return {
-        "prompt": prompt if tokenizer is None else tokenizer.decode(prompt),
-        "response": response if tokenizer is None else tokenizer.decode(response),
-        "score": score if math.isfinite(score) else None,
-        "ended": row.ended,
-        "version": row.version,
-        "prompt_row": row.prompt_row,
-        "prompt_length": row.prompt_length,
-        "length": row.length,
-        "kl": float((logprobs - ref_logprobs).sum()),
-    }

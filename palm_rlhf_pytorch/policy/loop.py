@@ -8,6 +8,7 @@ what a policy or a judge is.
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +133,9 @@ class Loop:
     def run(self) -> tuple[list[dict[str, float]], str | None]:
         """All updates that are left; their metrics, and the signal that ended them early, if one did."""
         history: list[dict[str, float]] = []
+        if self.call.done or self.trainer.flight is not None:
+            place = f"{self.call.done} of {self.call.num_episodes} episodes"
+            self.say(f"going on after update {self.trainer.updates}, at {place}")
         done, total = self.call.done, self.call.num_episodes
         with self.stop, tqdm(total=total, initial=done, disable=not self.show, desc="ppo", unit="episode") as bar:
             try:
@@ -148,6 +152,9 @@ class Loop:
         """Run preflight, show what it found, and go no further if there is a fault on any process."""
         report, error = self.trainer.preflight(**self.call.sampling), None
         self.say(report.table())
+        if not self.show and self.trainer.accelerator.is_main_process:
+            for check in report.warnings:
+                warnings.warn(f"preflight, {check.name}: {check.found}; {check.remedy}", stacklevel=4)
         try:
             report.raise_failures()
         except PreflightError as raised:

@@ -37,6 +37,9 @@ class Plan(NamedTuple):
     device_bytes: int
     disk_bytes: int
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """The plan as a few lines of text."""
         cells = [("phase", "memory", "time an update")]

@@ -35,7 +35,8 @@ class RLHFTrainer(PolicyTrainer):
     """Improves a PaLM against a judge, with a frozen reference that it must not stray far from.
 
     The `palm` given stays as it is; the improved model comes from `export_palm()`. All randomness follows from `seed`
-    and counts of what was done; torch's, numpy's and Python's global random states are left alone.
+    and counts of what was done; torch's, numpy's and Python's global random states are left alone, but for a resume,
+    which puts them where the run had them: a judge may draw from them.
     """
 
     @typecheck
@@ -110,7 +111,9 @@ class RLHFTrainer(PolicyTrainer):
         """Learn from num_episodes responses; learning rates fall linearly to 0 over this call's updates.
 
         With a `run_dir`, SIGTERM and Ctrl-C end the call after the step in hand, with all state saved; `stopped` then
-        names the signal. A run that goes on from a checkpoint ends with the bits of one that was never interrupted.
+        names the signal. A run that goes on from a checkpoint ends with the bits of one that was never interrupted. A
+        run is one call: to make it longer, resume it with a larger num_episodes. What the judge is, is the caller's to
+        keep the same.
 
         Args:
             num_episodes: responses to sample, score and learn from, over all processes; those before a resume count.

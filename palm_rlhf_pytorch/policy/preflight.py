@@ -45,6 +45,9 @@ class Report(NamedTuple):
     checks: list[Check]
     seconds: float
 
+    def __str__(self) -> str:
+        return self.table()
+
     @property
     def ok(self) -> bool:
         """Whether no check has failed; warnings are allowed."""

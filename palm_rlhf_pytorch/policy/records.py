@@ -6,11 +6,12 @@ Little-endian, no objects, nothing to unpickle. Every byte is under a CRC-32 or 
 used before its checksum and the size of the file agree with it. Opens no file for writing.
 """
 
+import math
 import struct
 import zlib
 from array import array
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -230,3 +231,29 @@ def _check_version(path: Path, version: int) -> None:
 
 def _damaged(path: Path, reason: str) -> NoReturn:
     raise ValueError(f"{path} is damaged ({reason}); copy it again, or delete it together with its scores")
+
+
+class Decoder(Protocol):
+    """A tokenizer, as far as reading needs one."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        ...
+
+
+def described(row: Row, score: float, tokenizer: Decoder | None) -> dict[str, Any]:
+    """What a line of JSON says of a row."""
+    ids = row.ids.tolist()
+    prompt, response = ids[: row.prompt_length], ids[row.prompt_length :]
+    logprobs, ref_logprobs = row.numbers[:2].astype(np.float64)
+    return {
+        "prompt": prompt if tokenizer is None else tokenizer.decode(prompt),
+        "response": response if tokenizer is None else tokenizer.decode(response),
+        "score": score if math.isfinite(score) else None,
+        "ended": row.ended,
+        "version": row.version,
+        "prompt_row": row.prompt_row,
+        "prompt_length": row.prompt_length,
+        "length": row.length,
+        "kl": float((logprobs - ref_logprobs).sum()),
+    }

@@ -197,7 +197,10 @@ class PolicyTrainer:
         Raises:
             ValueError: if no update was made yet.
         """
-        return Experience(self.run.kept(self.updates, self.run.keep_experience))
+        kept = self.run.kept(self.updates, self.run.keep_experience)
+        if not kept:
+            raise ValueError("no update was made yet: there are no responses to look at; call train first")
+        return Experience(kept)
 
     def score(self, rollout: Rollout) -> Rollout:
         """The rollout with the judge's raw scores.
