@@ -1,8 +1,9 @@
 """`palm-rlhf pretrain`: train a byte-level PaLM on the user's own UTF-8 files."""
 
 import argparse
+import hashlib
+import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.saves import Saves
+from palm_rlhf_pytorch.training.saves import Saves, clear, strangers
 from palm_rlhf_pytorch.training.supervised import fit
 
 PROMPT_BYTES = 32
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} is empty: leave it out")
     train, held_out = held_out_tails(texts, args.held_out)
     stream = TokenStream(train, length=args.length, batch_size=args.batch_size, seed=args.seed)
-    metrics, saves = _files_beside(args)
+    metrics, saves = _files_beside(args, stream)
     palm = _new_palm(args).to(device)
     num_parameters = sum(parameter.numel() for parameter in palm.parameters())
     print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {num_parameters:,} parameters on {device}")
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped by {saves.stopped}, with all state saved: the same command with --resume goes on")
         return 0
     palm.save(args.out)
-    shutil.rmtree(saves.checkpoints.folder)
+    clear(saves.checkpoints)
     print(f"held-out bits per byte after: {final['eval/bits_per_byte']:.3f}")
     prompt = ByteTokenizer().decode(held_out[:PROMPT_BYTES])
     sample = sample_texts(palm, prompt, max_new_tokens=SAMPLE_BYTES, seed=args.seed)[0]
@@ -106,18 +107,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _files_beside(args: argparse.Namespace) -> tuple[MetricsLog, Saves]:
-    """Metrics and checkpoints of the run, their folder made; a wrong path is refused here, before the work."""
+def _files_beside(args: argparse.Namespace, stream: TokenStream) -> tuple[MetricsLog, Saves]:
+    """Metrics and checkpoints of the run; a wrong path is refused here, before the work."""
     check_target(args.out)
     resume, path, folder = hasattr(args, "resume"), metrics_path(args.out), args.out.with_name(f"{args.out.stem}.run")
     if args.save_every < 1:
         raise ValueError(f"--save-every {args.save_every}: must be at least 1")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} must be a folder, for the run's checkpoints; move it away, or choose another --out")
     checkpoints = Checkpoints(folder, keep_last=1)
+    foreign = strangers(folder)
+    if foreign:
+        raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
     if checkpoints.steps() and not resume:
         raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
     if not resume:
         path.unlink(missing_ok=True)  # of an earlier run that wrote the same checkpoint
-    return MetricsLog(path), Saves(checkpoints, every=args.save_every, resume=resume)
+    return MetricsLog(path), Saves(checkpoints, every=args.save_every, resume=resume, data=data_digest(stream))
+
+
+def data_digest(stream: TokenStream) -> str:
+    """SHA-256 over what decides the batches of a stream: its tokens, and how windows are drawn from them."""
+    digest = hashlib.sha256(json.dumps([stream.seed, stream.length, stream.batch_size]).encode())
+    digest.update(stream.tokens.astype("<i8").data)
+    return digest.hexdigest()
 
 
 def metrics_path(out: Path) -> Path:

@@ -89,9 +89,9 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
         for name, values in _token_figures(rollout, targets, gamma=lesson.gamma):
             moments[name].add(values, mask)
         mismatch = torch.maximum(mismatch, ((rollout.sampler_logprobs - rollout.logprobs).abs() * mask).max())
-        found = _pairs(rollout, mask)[:room]
-        room -= len(found)
-        pairs.append(found)
+        if room > 0:
+            pairs.append(_pairs(rollout, mask)[:room].clone())  # a view would keep all pairs of the part
+            room -= len(pairs[-1])
         own = {
             "kl": targets.kl.sum(dim=-1), "reward": targets.rewards.sum(dim=-1), "length": rollout.lengths,
             "ended": rollout.ended, "score": raw_scores[rows.numbers], "learnt": lesson.scores[rows.numbers],

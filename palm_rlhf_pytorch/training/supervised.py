@@ -77,7 +77,8 @@ def fit(
 
     Raises:
         ValueError: if a number is out of range, the batches run out, the model gives no scalar loss, or too many steps
-            in a row are not finite. The weights are then those of the last good step, bit for bit.
+            in a row are not finite. The weights are then those of the last good step, bit for bit. Also if there is a
+            checkpoint to go on from that does not fit the model, the arguments or the data; nothing is changed then.
     """
     _check_counts(
         num_steps=num_steps, accumulate=accumulate, max_skipped_steps=max_skipped_steps, eval_every=eval_every
@@ -88,7 +89,8 @@ def fit(
         model.to(accelerator.device)
     source = iter(batches)
     latest: dict[str, float] = {}
-    plan = {"num_steps": num_steps, "accumulate": accumulate, "lr": lr, "warmup_steps": warmup_steps}
+    plan: dict[str, Any] = {"num_steps": num_steps, "accumulate": accumulate, "lr": lr, "warmup_steps": warmup_steps}
+    plan |= {"weight_decay": weight_decay, "max_norm": max_norm}
     with (
         _training(model, parameters) as trained,
         _prepared(model, trained, lr, weight_decay, accelerator) as (run, optimizer),
@@ -96,6 +98,7 @@ def fit(
         tqdm(total=num_steps, desc=description, unit="step", disable=not (progress and _is_main(accelerator))) as bar,
     ):
         done = keeper.resumed(source, metrics)
+        latest |= keeper.metrics
         bar.update(done)
         for step in range(done + 1, num_steps + 1):
             started, place = time.perf_counter(), f"step {step} of {num_steps}"
