@@ -4,7 +4,6 @@ A checkpoint is checked whole before any of it is taken over. Knows an optimizer
 learnt.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from palm_rlhf_pytorch.training.tensor_file import check_state
 
 KIND = "fit"
 GROUPS = ("model", "optimizer")
+WRITTEN = {MANIFEST, *(f"{group}.safetensors" for group in GROUPS)}  # the files of a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ABSENT = "not recorded"
@@ -207,31 +207,30 @@ class Keeper:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What a folder of checkpoints holds that `fit` did not write there."""
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if not (_is_leftover(path) or _is_checkpoint(path))]
+    """What a folder of checkpoints holds, itself or in them, that `fit` did not write there."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = HIDDEN.fullmatch(path.name)  # a checkpoint that is being written, or deleted
+        if _is_checkpoint(path):
+            found += [inner for inner in sorted(path.iterdir()) if inner.name not in WRITTEN]
+        elif match is None or step_of(match[1]) is None:
+            found.append(path)
+    return found
 
 
 def clear(checkpoints: Checkpoints) -> None:
-    """Remove the checkpoints of `fit`, then their folder; anything else in it stays, and the folder with it."""
-    for path in [checkpoints.folder / step_name(step) for step in checkpoints.steps()]:
-        if _is_checkpoint(path):
+    """Remove the checkpoints of `fit`, whole or damaged, then their folder; strangers stay, and what they are in."""
+    folder = checkpoints.folder
+    kept = {stranger.parent for stranger in strangers(folder)}
+    for path in [folder / step_name(step) for step in checkpoints.steps()]:
+        if _is_checkpoint(path) and path not in kept:
             discard(path)
     with suppress(OSError):  # it is not empty
-        checkpoints.folder.rmdir()
+        folder.rmdir()
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a folder is of a step, whole or damaged, and holds no file of another."""
-    written = {MANIFEST, *(f"{group}.safetensors" for group in GROUPS)}
-    return step_of(path.name) is not None and path.is_dir() and not path.is_symlink() and written >= {*os.listdir(path)}
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether it is a checkpoint that is being written, or deleted."""
-    match = HIDDEN.fullmatch(path.name)
-    return match is not None and step_of(match[1]) is not None
+    return step_of(path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _check_plan(found: Checkpoint, plan: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.cli.main import main
-from palm_rlhf_pytorch.cli.pretrain import bits_per_byte, held_out_tails
+from palm_rlhf_pytorch.cli.pretrain import bits_per_byte, data_digest, held_out_tails
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.text.datasets import TokenStream
 
 TINY = ["--dim", "16", "--depth", "1", "--heads", "2", "--dim-head", "8", "--length", "24", "--batch-size", "4"]
 
@@ -124,13 +125,14 @@ def test_bits_per_byte_keeps_the_mode_and_takes_short_texts():
         bits_per_byte(palm, torch.tensor([1]), length=100)
 
 
-def test_pretrain_stopped_by_a_signal_goes_on_to_the_same_weights(text, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("signal_at", [3, 7])  # 7 is the last step: nothing is left to train, only to save
+def test_pretrain_stopped_by_a_signal_goes_on_to_the_same_weights(text, tmp_path, capsys, monkeypatch, signal_at):
     argv = ["--steps", "7", "--save-every", "2", "--device", "cpu", *TINY]
     assert main(["pretrain", text, "--out", str(tmp_path / "alone.pt"), *argv]) == 0
     calls, forward = itertools.count(1), PaLM.forward
 
     def told(self, *args, **options):
-        if options.get("return_loss") and self.training and next(calls) == 3:
+        if options.get("return_loss") and self.training and next(calls) == signal_at:
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, *args, **options)
 
@@ -146,3 +148,55 @@ def test_pretrain_stopped_by_a_signal_goes_on_to_the_same_weights(text, tmp_path
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len((tmp_path / "told.metrics.jsonl").read_text().splitlines()) == 7
     assert not (tmp_path / "told.run").exists()
+
+
+def test_pretrain_leaves_files_alone_that_are_not_its_own(text, tmp_path, capsys, monkeypatch):
+    out, save = tmp_path / "palm.pt", PaLM.save
+    argv = ["pretrain", text, "--out", str(out), "--steps", "2", "--device", "cpu", *TINY]
+    notes = tmp_path / "palm.run" / "notes.txt"
+
+    def save_and_write(self, path):
+        notes.write_text("mine")
+        save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PaLM, "save", save_and_write)
+        assert main(argv) == 0
+    assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"] and notes.read_text() == "mine"
+    metrics = (tmp_path / "palm.metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    for more in ([], ["--resume"]):
+        assert main([*argv, *more]) == 2
+        printed = capsys.readouterr()
+        assert f"{notes} is not of this run" in printed.err and "bits per byte" not in printed.out
+    notes.unlink()
+    notes.parent.rmdir()
+    notes.parent.symlink_to(tmp_path)
+    assert main(argv) == 2
+    assert "palm.run must be a folder" in capsys.readouterr().err
+    assert (tmp_path / "palm.metrics.jsonl").read_bytes() == metrics
+
+
+def test_data_digest_tells_apart_what_gives_other_batches():
+    tokens = torch.arange(50) % 7
+    options = {"length": 5, "batch_size": 3, "seed": 1}
+    others = [options | {"length": 6}, options | {"batch_size": 2}, options | {"seed": 2}]
+    streams = [TokenStream(tokens, **options), TokenStream(tokens.flip(0), **options)]
+    digests = [data_digest(stream) for stream in streams + [TokenStream(tokens, **other) for other in others]]
+    assert len(set(digests)) == 5
+    assert data_digest(TokenStream(tokens.short(), **options)) == digests[0]
+
+
+def test_pretrain_resumes_only_with_the_same_text(text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "palm.pt"
+    argv = ["pretrain", text, "--out", str(out), "--steps", "3", "--device", "cpu", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(PaLM, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert main(argv) != 0
+    path = tmp_path / "text.txt"
+    content = path.read_text(encoding="utf-8")
+    path.write_text("a dog and a cat and a hen. " * 80, encoding="utf-8")
+    assert main([*argv, "--resume"]) == 2
+    assert "over other data" in capsys.readouterr().err and not out.exists()
+    path.write_text(content, encoding="utf-8")
+    assert main([*argv, "--resume"]) == 0 and out.exists()
