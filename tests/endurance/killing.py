@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 from tests.endurance import worker
@@ -65,6 +66,9 @@ def _fork(work, folder, rank, ranks, port, options):
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))  # not pytest's own
+        # the process that forked may have had an accelerator of its own
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         if ranks > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),

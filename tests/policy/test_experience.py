@@ -9,6 +9,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -254,22 +255,24 @@ def test_kill_loses_no_row_that_was_appended(tmp_path: Path) -> None:
             assert_same(file.select(rows), pool.select(rows % 31))
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 2000 bytes."""
+    """No file may grow beyond 2000 bytes; only for what is inside: pytest's own output may be a file too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_full_disk_leaves_the_rows_before(tmp_path: Path) -> None:
     rollout, large = make_rollout(SPANS), make_rollout([(3, 99)])
     file = filled(tmp_path / "a", rollout)
     before = file.path.read_bytes()
     with pytest.raises(OSError, match=r"too large while adding 2,\d+ bytes; .*untouched.*a'"):
-        file.append(large)
+        with small_disk():
+            file.append(large)
     assert file.path.read_bytes() == before and len(file) == 7
     assert_same(file.select(torch.arange(7)), rollout)
     file.append(rollout.select(torch.tensor([3])))
