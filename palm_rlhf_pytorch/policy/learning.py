@@ -272,12 +272,8 @@ class Learner:
 
     def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over ranks, and the largest of what is a maximum."""
-        if self.accelerator.num_processes == 1:
-            return totals
         return {
-            name: self.accelerator.gather(value).max()
-            if name.endswith("_max")
-            else self.accelerator.reduce(value, "sum")
+            name: self.ranks.max(value) if name.endswith("_max") else self.ranks.sum(value)
             for name, value in totals.items()
         }
 

@@ -22,7 +22,7 @@ from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.diagnostics import headline, timing_metrics
 from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
 from palm_rlhf_pytorch.policy.learning import Progress
-from palm_rlhf_pytorch.policy.preflight import PreflightError, Report
+from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
 from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts, row_batches
 from palm_rlhf_pytorch.policy.run import Flight
@@ -30,7 +30,6 @@ from palm_rlhf_pytorch.policy.trainer_state import KIND, Trainer, restore_state,
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
-from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.stopping import Stopped, StopSignal
 
 
@@ -150,16 +149,13 @@ class Loop:
 
     def prove(self) -> None:
         """Run preflight, show what it found, and go no further if there is a fault on any process."""
-        report, error = self.trainer.preflight(**self.call.sampling), None
+        report = self.trainer.preflight(**self.call.sampling)
         self.say(report.table())
         if not self.show and self.trainer.accelerator.is_main_process:
             for check in report.warnings:
                 warnings.warn(f"preflight, {check.name}: {check.found}; {check.remedy}", stacklevel=4)
-        try:
+        with self.trainer.ranks.together():
             report.raise_failures()
-        except PreflightError as raised:
-            error = raised
-        self.trainer.ranks.raise_together(error)
 
     def say(self, text: str) -> None:
         """Tell the user something, above the progress bar."""
@@ -182,7 +178,7 @@ class Loop:
         self.call.updates += 1
         trainer.flight = None
         trainer.rollouts += 1
-        with _together(trainer.ranks):
+        with trainer.ranks.together():
             trainer.run.prune(trainer.updates)
             trainer.metrics.log(metrics, step=trainer.updates)  # 4. record
         for finding in trainer.doctor.examine(metrics):
@@ -207,7 +203,7 @@ class Loop:
             self._bar(prompting, batches[first:]) as bar,
             trainer.learner.whole(),
             trainer.accelerator.autocast(),
-            _together(trainer.ranks),
+            trainer.ranks.together(),
         ):
 
             def on_token() -> None:
@@ -235,7 +231,7 @@ class Loop:
         try:
             if flight.file.scores is None:
                 scores = trainer.judged(Experience([flight.file]))
-                with _together(trainer.ranks):
+                with trainer.ranks.together():
                     flight.file.set_scores(scores)
             if flight.held_out is None:
                 flight.held_out = self._held_out(flight)
@@ -259,7 +255,7 @@ class Loop:
         """Learn from the responses, or go on with that."""
         trainer = self.trainer
         if trainer.settings.max_staleness and flight.refreshed is None:
-            with trainer.learner.whole(), _together(trainer.ranks):
+            with trainer.learner.whole(), trainer.ranks.together():
                 flight.refreshed = self._refreshed(flight)
 
         def on_step(progress: Progress) -> None:
@@ -312,17 +308,6 @@ class Loop:
             total=total, disable=not (self.show and total >= 256), desc="generate", unit="token", leave=False
         ) as bar:
             yield bar
-
-
-@contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
-    """A block that fails on every process if it does on one, so that none waits for one that is gone."""
-    error = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    ranks.raise_together(error)
 
 
 def _ends(batches: list[list[int]]) -> list[int]:

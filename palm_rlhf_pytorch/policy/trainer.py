@@ -317,13 +317,9 @@ class PolicyTrainer:
 
     def _judge(self, judge: Judge, source: Rollout | Experience) -> Tensor:
         """Scores by a judge; if it fails on one process, all of them raise."""
-        error, scores = None, torch.zeros(0)
-        try:
+        with self.ranks.together():
             scores = judge_source(
                 judge, source, device=self.accelerator.device, where=f"update {self.updates + 1}",
                 timeout=self.settings.judge_timeout, **self.settings.batch_limits(),
             )  # fmt: skip
-        except Exception as raised:
-            error = raised
-        self.ranks.raise_together(error)
         return scores

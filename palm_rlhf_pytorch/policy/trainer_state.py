@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -136,28 +136,25 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             stacklevel=4,
         )
         record.flight = None
-    elif record.flight is not None and record.flight.max_batch_size != trainer.settings.max_batch_size:
-        if record.flight.progress is None:  # by other batches other prompts would be answered
-            record.flight = None
-    fetched, error = {}, None
-    try:
+    with trainer.ranks.together():
+        record.flight = _usable_flight(trainer, record, checkpoint)
         fetched = trainer.run.fetch(checkpoint, num_tokens=trainer.actor_critic.palm.num_tokens)
-        if record.flight is not None and f"{_file_name('update', record, trainer)}" not in fetched:
-            record.flight = None if record.flight.progress is None else _missing(path)
-    except Exception as raised:
-        error = raised
-    trainer.ranks.raise_together(error)
     _apply(trainer, record, checkpoint, fetched)
     if alike:
         set_random_states(record.random[trainer.ranks.rank])
 
 
-def _file_name(kind: str, record: Record, trainer: Trainer) -> str:
-    return f"{kind}-{record.counters['updates']:08d}.rank-{trainer.ranks.rank}.rollouts"
-
-
-def _missing(path: Path) -> NoReturn:
-    raise ValueError(f"{path} lacks the responses that are being learnt from; nothing was taken over")
+def _usable_flight(trainer: Trainer, record: Record, checkpoint: Checkpoint) -> FlightRecord | None:
+    """The update in hand, if it can be gone on with; None where it is to begin anew."""
+    flight = record.flight
+    if flight is None:
+        return None
+    sampled = f"update-{record.counters['updates']:08d}.rank-{trainer.ranks.rank}.rollouts" in checkpoint.files
+    if flight.progress is not None and not sampled:
+        raise ValueError(f"{checkpoint.path} lacks the responses that are being learnt from; nothing was taken over")
+    # by batches of another size other prompts would be answered
+    alike = flight.max_batch_size == trainer.settings.max_batch_size
+    return flight if sampled and (alike or flight.progress is not None) else None
 
 
 def _apply(trainer: Trainer, record: Record, checkpoint: Checkpoint, fetched: dict[str, Path]) -> None:

@@ -3,7 +3,8 @@
 By accelerate's collectives: every process must ask the same things in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is true on at least one rank."""
         return bool(self.max(torch.tensor(float(flag))))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails on every rank if it does on one; see `raise_together`."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self.raise_together(error)
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank if one has an error, so that no rank waits for one that is gone.

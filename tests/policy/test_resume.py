@@ -20,9 +20,9 @@ def stop(*_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped_in_learning(make_trainer, folder, **options):
+def stopped_in_learning(make_trainer, folder, num_episodes=30, **options):
     """A run that got SIGTERM in the first minibatch of its second update, saved."""
-    trainer = make_trainer(run_dir=folder, save_every_steps=1, epochs=2, **options)
+    trainer = make_trainer(run_dir=folder, save_every_steps=1, **options)
     step = trainer.learner._step
 
     def told(lesson, rows, progress):
@@ -31,7 +31,7 @@ def stopped_in_learning(make_trainer, folder, **options):
             stop()
 
     trainer.learner._step = told
-    trainer.train(30, **CALL)
+    trainer.train(num_episodes, **CALL)
     assert trainer.stopped == "SIGTERM" and trainer.updates == 1
     return trainer
 
@@ -109,7 +109,7 @@ def moments_that_are_missing(values, tensors, files):
     ],
 )
 def test_a_checkpoint_that_no_trainer_wrote_is_refused_before_anything_changes(make_trainer, tmp_path, change):
-    source = stopped_in_learning(make_trainer, tmp_path / "run").run.checkpoints
+    source = stopped_in_learning(make_trainer, tmp_path / "run", epochs=2).run.checkpoints
     forge(source.folder / f"step-{source.steps()[-1]:08d}", tmp_path / "forged", change)
     trainer = make_trainer(run_dir=tmp_path / "other", save_every_steps=1, epochs=2)
     trainer.train(10, **CALL)
@@ -153,16 +153,7 @@ def test_a_stop_at_the_end_of_an_update_returns_its_metrics_and_saves_once(make_
 
 
 def test_a_longer_run_finishes_a_short_last_update_as_it_was_begun(make_trainer, tmp_path):
-    trainer = make_trainer(run_dir=tmp_path, save_every_steps=1, minibatch_size=2)
-    step = trainer.learner._step
-
-    def told(lesson, rows, progress):
-        step(lesson, rows, progress)
-        if trainer.updates == 1:
-            stop()
-
-    trainer.learner._step = told
-    trainer.train(14, **CALL)
+    stopped_in_learning(make_trainer, tmp_path, num_episodes=14, minibatch_size=2)
     again = make_trainer(run_dir=tmp_path, save_every_steps=1, minibatch_size=2)
     history = again.train(40, resume="auto", **CALL)
     assert [line["episodes"] for line in history] == [14, 24, 34, 40]
