@@ -20,8 +20,8 @@ TREE = [
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
-    (1, "text", "tokenizer datasets pydocs"),
-    (1, "objectives", "language advantage policy_gradient preference"),
+    (1, "text", "tokenizer dialogues records datasets pydocs"),
+    (1, "objectives", "language advantage policy_gradient group preference direct"),
     (
         1,
         "training",
@@ -33,15 +33,25 @@ TREE = [
         "palm",
         "inputs sampling responses graphs generation pretrained config scopes copying block decoding transformer",
     ),
-    (3, "reward", "settings texts model functions rules constitution"),
+    (
+        3,
+        "reward",
+        "settings texts files model functions expression verifiable classifier http caching labels learning ensemble "
+        "asking agreement report rules constitution",
+    ),
     (
         4,
         "policy",
         "prompts settings arguments actor_critic sharding rollout targets scores answers records experience learning "
         "diagnostics doctor run probe premises identities judge_checks preflight footprint pieces plan trainer_record "
-        "trainer_state loop trainer ppo grpo dpo",
+        "trainer_state samples watch loop trainer ppo grpo direct_data dpo kto best_of_n rejection comparison "
+        "evaluation",
     ),
-    (5, "cli", "device generate pretrain ppo check plan demo_text demo_report demo_pairs demo main"),
+    (
+        5,
+        "cli",
+        "device generate pretrain reward ppo check plan grpo dpo evaluate demo_text demo_report demo_pairs demo main",
+    ),
     (5, "", "ppo"),
     (5, "", "__init__"),
     (6, "", "__main__"),
