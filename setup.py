@@ -25,6 +25,8 @@ setup(
     extras_require={
         "test": ["pytest", "ruff", "mypy"],
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
+        "hf": ["transformers"],  # classifiers as judges
+        "plot": ["matplotlib"],  # reliability plots
         "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}
         "tensorboard": ["tensorboard"],  # accelerate_kwargs={"log_with": "tensorboard", "project_dir": ...}
     },

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch import logprobs
-from palm_rlhf_pytorch.logprobs import chosen_logprobs, compared_logprobs, logprobs_of
+from palm_rlhf_pytorch.exact_kl import compared_logprobs
+from palm_rlhf_pytorch.logprobs import chosen_logprobs, logprobs_of
 
 NAN = float("nan")
 

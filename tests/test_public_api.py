@@ -9,7 +9,7 @@ import pytest
 
 import palm_rlhf_pytorch
 from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
-from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
 
 
 @pytest.mark.parametrize("name", ["PaLM", "RewardModel", "ActorCritic", "RLHFTrainer"])

@@ -2,7 +2,8 @@
 
 import argparse
 
-from palm_rlhf_pytorch.cli.ppo import add_run_arguments, sampling_of, trainer_of
+from palm_rlhf_pytorch.cli.ppo import add_ppo_arguments, trainer_of
+from palm_rlhf_pytorch.cli.runs import sampling_of
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,7 +17,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_run_arguments(parser)
+    add_ppo_arguments(parser)
     parser.set_defaults(run=run)
 
 

@@ -56,6 +56,7 @@ def policy_loss(
     eps_clip_high: float | None = None,
     dual_clip: float | None = None,
     num_tokens: Tensor | float | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate loss, averaged over the tokens of the optimizer step.
 
@@ -74,6 +75,7 @@ def policy_loss(
             https://arxiv.org/abs/1912.09729.
         num_tokens: N, the number of True tokens in the optimizer step over all its microbatches and ranks, or that
             divided by a factor the gradients are averaged by. None for this mask's own. With 0 the loss is 0.
+        weights: what each place counts in the loss, (b, t), in place of 1 / N, by which the diagnostics stay means.
 
     Returns:
         PolicyLoss in float32. A mask without any True gives 0 and a zero gradient.
@@ -82,7 +84,8 @@ def policy_loss(
         ValueError: if shapes differ, or a coefficient is out of its range.
         TypeError: if mask is not bool.
     """
-    check_masked(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    weighted = {} if weights is None else {"weights": weights}
+    check_masked(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **weighted)
     eps_clip_high = eps_clip if eps_clip_high is None else eps_clip_high
     _check_clips(eps_clip, eps_clip_high, dual_clip)
     mean = _token_mean(mask, num_tokens)
@@ -98,7 +101,7 @@ def policy_loss(
     log_ratio, ratio = log_ratio.detach(), ratio.detach()
     ratio_max = ratio.masked_fill(~mask, 0.0).max() if ratio.numel() else ratio.sum()
     return PolicyLoss(
-        loss=mean(losses),
+        loss=mean(losses) if weights is None else (losses.masked_fill(~mask, 0.0) * weights).sum(),
         clipped_fraction=mean((clipped > unclipped).to(ratio.dtype)),
         clipped_fraction_low=mean(((clipped > unclipped) & (ratio < 1)).to(ratio.dtype)),
         clipped_fraction_high=mean(((clipped > unclipped) & (ratio > 1)).to(ratio.dtype)),

@@ -1,6 +1,5 @@
-"""From logits to a token: temperature, top-k, top-p, and one draw.
+"""From logits to a token: temperature, top-k, top-p (`truncation` has the cut), and one draw.
 
-Holtzman et al., "The Curious Case of Neural Text Degeneration" (top-p), https://arxiv.org/abs/1904.09751
 Everything is float32 or wider whatever the model's dtype: noise drawn in half precision samples another distribution.
 """
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf_pytorch.tensors import at_least_float32
+from palm_rlhf_pytorch.truncation import Truncation, truncate
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # below it float32 divides by zero; it is greedy long before
 
@@ -63,19 +63,6 @@ def sample_tokens(
     return Sample(tokens, probabilities.gather(-1, tokens[..., None])[..., 0].log())
 
 
-def truncate(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Set to minus infinity what top-k and then top-p leave out; logits (..., v), already divided by temperature."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(top_k, dim=-1).indices
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    if top_p is not None and top_p < 1:
-        probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        before = F.pad(probabilities[..., :-1].cumsum(dim=-1), (1, 0))  # mass of the more likely tokens
-        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(cut, -torch.inf)
-    return logits
-
-
 def uniform_dtype(device: torch.device) -> torch.dtype:
     """Of uniform numbers: float64 where the device has it, since float32 knows no multiple below 2^-24."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -124,9 +111,4 @@ def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature ({temperature}) must be 0 (greedy) or above, and finite")
-    if top_k is not None and not isinstance(top_k, int):
-        raise TypeError(f"top_k ({top_k!r}) counts tokens: it must be an int, not {type(top_k).__name__}, or None")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k ({top_k}) counts tokens: it must be at least 1, or None for no cut")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p ({top_p}) is a probability mass: it must be above 0 and at most 1")
+    Truncation(top_k, top_p).check()

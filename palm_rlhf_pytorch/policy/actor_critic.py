@@ -5,25 +5,31 @@ the layers they train. Old, new and reference log-probabilities all come from on
 their ratio is 1 before the first step. Knows nothing of rewards, losses or steps.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.logprobs import chosen_logprobs, compared_logprobs
+from palm_rlhf_pytorch.exact_kl import compared_logprobs, regularized_logprobs
+from palm_rlhf_pytorch.logprobs import chosen_logprobs
 from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.palm.generation import Generation, generate_responses
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.truncation import Truncation
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
 class PolicyOutput(NamedTuple):
-    """Of each response token: log-probability and entropy (nats) under the actor, value before it, (b, t), float32."""
+    """Of each response token: log-probability and entropy (nats) under the actor, value before it, (b, t), float32.
+
+    kl_exact: KL(actor || reference) of the whole next-token distributions, nats, where it is asked for, else 0.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     values: Tensor
+    kl_exact: Tensor
 
 
 class Observation(NamedTuple):
@@ -105,7 +111,10 @@ class ActorCritic(nn.Module):
         critic_last_layers: int | None = None,
         actor_dropout: float = 0.0,
         critic_dropout: float = 0.0,
+        critic: bool = True,
         activation_checkpointing: bool = False,
+        top_k: int | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Put three hats on a model.
@@ -123,21 +132,32 @@ class ActorCritic(nn.Module):
             actor_dropout: dropout of the actor's learning passes. 0: with more, the ratio differs from 1 before the
                 first step by the dropout's noise.
             critic_dropout: dropout of the critic's learning passes.
+            critic: False for none: all values are 0.
             activation_checkpointing: compute layers again in the backward pass; see PaLM.set_activation_checkpointing.
+            top_k: the policy is the model cut to its k likeliest tokens, in sampling and in all log-probabilities, its
+                entropy and its KL. A token that was drawn stays, whatever the weights have become since. The reference
+                is cut to its own k likeliest, beside which stays whatever the policy keeps.
+            top_p: the same with the likeliest tokens that have this probability together.
             generator: random state of the adapters' start; None takes torch's global one.
 
         Raises:
-            ValueError: if palm is not causal, or a rank, a number of layers or a dropout is out of range.
+            ValueError: if palm is not causal, or a rank, a number of layers, a dropout or a cut is out of range.
         """
         super().__init__()
         if not palm.causal:
             raise ValueError("palm must be causal: a model that sees later tokens cannot be a policy; use causal=True")
+        self.truncation = Truncation(top_k, top_p)
+        self.truncation.check()
         self.palm = palm.share()
         self.palm.set_activation_checkpointing(activation_checkpointing)
         self.actor = Hat(
             self.palm, name="actor", lora=actor_lora, r=actor_lora_r, alpha=actor_lora_alpha,
             last_layers=actor_last_layers, dropout=actor_dropout, generator=generator,
         )  # fmt: skip
+        self.critic: Hat | None = None
+        self.value_head: nn.Linear | None = None
+        if not critic:
+            return
         self.critic = Hat(
             self.palm, name="critic", lora=critic_lora, r=critic_lora_r, alpha=critic_lora_alpha,
             last_layers=critic_last_layers, dropout=critic_dropout, generator=generator,
@@ -158,6 +178,7 @@ class ActorCritic(nn.Module):
         lengths: Tensor | None = None,
         num_tokens: int | None = None,
         entropy_grad: bool = True,
+        kl_grad: bool = False,
     ) -> PolicyOutput:
         """Log-probabilities, entropies and values of the responses inside sequences.
 
@@ -169,16 +190,23 @@ class ActorCritic(nn.Module):
             lengths: tokens of each response, at most t, (b,): no more is read out, places beyond are 0. None for all.
             num_tokens: the sum of lengths, where the caller knows it; to ask the device for it is to wait for it.
             entropy_grad: whether the entropy is part of a loss; without it has no gradient, which is cheaper.
+            kl_grad: whether the exact KL to the reference is part of a loss: it takes a pass of the reference too.
 
         Returns:
             PolicyOutput, (b, t) each.
         """
         at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
         model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
-        found = chosen_logprobs(
-            hidden, model.token_emb.weight, at.ids, temperature=temperature, entropy_grad=entropy_grad
-        )
-        return PolicyOutput(at.put(found.logprobs), at.put(found.entropy), self._values(sequences, at))
+        values = self._values(sequences, at)
+        options = self.truncation._asdict() | {"temperature": temperature, "entropy_grad": entropy_grad}
+        if not kl_grad:
+            found = chosen_logprobs(hidden, model.token_emb.weight, at.ids, **options)
+            return PolicyOutput(at.put(found.logprobs), at.put(found.entropy), values, torch.zeros_like(values))
+        compared = regularized_logprobs(
+            hidden, model.token_emb.weight, at.ids, ref_hidden=self._ref_hidden(sequences, at),
+            ref_weight=self.palm.token_emb.weight, **options,
+        )  # fmt: skip
+        return PolicyOutput(at.put(compared.logprobs), at.put(compared.entropy), values, at.put(compared.kl))
 
     @torch.no_grad()
     def observe(
@@ -195,14 +223,21 @@ class ActorCritic(nn.Module):
         at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
         model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
         found = compared_logprobs(
-            hidden, model.token_emb.weight, at.ids, ref_hidden=at.before(self.palm.embed(sequences, dropout=0.0)),
-            ref_weight=self.palm.token_emb.weight, temperature=temperature,
+            hidden, model.token_emb.weight, at.ids, ref_hidden=self._ref_hidden(sequences, at),
+            ref_weight=self.palm.token_emb.weight, temperature=temperature, **self.truncation._asdict(),
         )  # fmt: skip
         values = self._values(sequences, at)
         return Observation(at.put(found.logprobs), values, at.put(found.ref_logprobs), at.put(found.kl))
 
+    @torch.no_grad()
+    def _ref_hidden(self, sequences: Tensor, at: "Places") -> Tensor:
+        """The reference's hidden states before the places' tokens, (m, d)."""
+        return at.before(self.palm.embed(sequences, dropout=0.0))
+
     def _values(self, sequences: Tensor, at: "Places") -> Tensor:
-        """The critic's values before the places' tokens, (b, t)."""
+        """The critic's values before the places' tokens, (b, t); 0 without a critic."""
+        if self.critic is None or self.value_head is None:
+            return torch.zeros(at.shape, device=sequences.device)
         hidden = at.before(self.critic.embed(self.palm, sequences))
         return at.put(self.value_head(hidden.to(self.value_head.weight.dtype))[..., 0].float())
 
@@ -217,10 +252,11 @@ class ActorCritic(nn.Module):
         generator: torch.Generator | None = None,
         **options: object,
     ) -> Generation:
-        """Sample responses from the actor; see `generate_responses`, which takes the options."""
+        """Sample responses from the actor, cut as it is; see `generate_responses`, which takes the options."""
+        sampling: dict[str, Any] = self.truncation._asdict() | options
         return generate_responses(
             self.actor.model(self.palm), prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_token=eos_token, generator=generator, adapter=self.actor.adapter, **options,  # type: ignore[arg-type]
+            eos_token=eos_token, generator=generator, adapter=self.actor.adapter, **sampling,
         )  # fmt: skip
 
     def actor_parameters(self) -> dict[str, nn.Parameter]:
@@ -243,7 +279,7 @@ class ActorCritic(nn.Module):
     @property
     def has_dropout(self) -> bool:
         """Whether a pass in train mode draws random numbers."""
-        return self.actor.dropout > 0 or self.critic.dropout > 0
+        return self.actor.dropout > 0 or (self.critic is not None and self.critic.dropout > 0)
 
 
 class Places(NamedTuple):

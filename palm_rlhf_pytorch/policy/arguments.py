@@ -11,7 +11,7 @@ from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.prompts import Prompts
-from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
 
@@ -64,7 +64,7 @@ class Call:
 
 def check_train_arguments(
     prompts: Prompts,
-    settings: PPOSettings,
+    settings: PolicySettings,
     *,
     palm: PaLM,
     num_episodes: int,
@@ -82,11 +82,7 @@ def check_train_arguments(
     for name, count in (("num_episodes", num_episodes), ("update_timesteps", update_timesteps)):
         if count < 1:
             raise ValueError(f"{name} ({count}) must be at least 1")
-    batch = min(num_episodes, update_timesteps)
-    if settings.target_kl_nats_per_response is not None and batch >= 5 * settings.kl_horizon:
-        raise ValueError(
-            f"update_timesteps ({update_timesteps}) must be below 5 times kl_horizon ({settings.kl_horizon})"
-        )
+    settings.check_update(min(num_episodes, update_timesteps))
     check_sampling_arguments(
         prompts.lengths, palm=palm, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token,
         temperature=temperature,

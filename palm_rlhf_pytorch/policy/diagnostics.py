@@ -8,7 +8,7 @@ not follow their number.
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from palm_rlhf_pytorch.objectives.advantage import monte_carlo_returns
 from palm_rlhf_pytorch.objectives.policy_gradient import kl_k3
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer, counted_scores, learnt_scores
-from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.targets import Lesson, Source, Targets
 from palm_rlhf_pytorch.tensors import Moments, RunningMoments, masked_moments
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -28,12 +28,13 @@ MAX_PAIRS = 65_536  # pairs of tokens that distinct_2 looks at: the share falls 
 
 def lesson_from(
     source: Source,
-    settings: PPOSettings,
+    settings: PolicySettings,
     *,
     ranks: Ranks,
     normalizer: ScoreNormalizer,
     kl_coef: float,
     version: int,
+    kind: Callable[..., Lesson] = Lesson,
 ) -> tuple[Lesson, dict[str, float]]:
     """What scored responses teach, ready to be learnt, and the diagnostics of them.
 
@@ -44,6 +45,7 @@ def lesson_from(
         normalizer: of scores; takes its shift and scale here where they are not fixed yet.
         kl_coef: price of a nat of KL to the reference.
         version: how many updates the policy has had.
+        kind: makes the lesson, with what is its method's own.
     """
     assert source.scores is not None, "scores are asked for before this"
     counted = counted_scores(
@@ -54,13 +56,11 @@ def lesson_from(
         source, counted, normalizer if settings.normalize_scores else None, penalty=settings.missing_eos_penalty,
         replacement=settings.missing_eos_score, reduce=ranks.sum,
     )  # fmt: skip
-    lesson = Lesson(
-        source, scores, counted, kl_coef=kl_coef, gamma=settings.gamma, gae_lambda=settings.gae_lambda,
-        version=version, importance_cap=settings.importance_cap,
-    )  # fmt: skip
+    lesson = kind(source, scores, counted, kl_coef=kl_coef, version=version)
+    metrics = lesson.prepare(ranks, max_tokens=settings.max_batch_tokens)
     found = survey(lesson, source.scores, ranks=ranks, max_tokens=settings.max_batch_tokens)
-    lesson.whitening = found.advantages
-    return lesson, found.metrics
+    lesson.whitening = found.advantages if lesson.whitens else None
+    return lesson, found.metrics | metrics
 
 
 class Survey(NamedTuple):
@@ -80,8 +80,8 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
         max_tokens: rows times the longest of them, at a time.
     """
     moments, whitening = {name: RunningMoments() for name in TOKEN_FIGURES}, RunningMoments()
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("kl", "reward", "length", "ended", "score", "learnt")}
-    mismatch, pairs, room = torch.zeros(()), [], -(-MAX_PAIRS // ranks.count)
+    columns, mismatch = Filling(len(ROW_FIGURES), len(lesson.scores)), torch.zeros(())
+    pairs = Filling(-(-MAX_PAIRS // ranks.count), dtype=torch.long)
     for rows, rollout, targets in lesson.parts(max_tokens):
         fresh = rollout.versions >= lesson.version
         mask = rollout.response_mask & fresh[:, None]
@@ -89,26 +89,49 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
         for name, values in _token_figures(rollout, targets, gamma=lesson.gamma):
             moments[name].add(values, mask)
         mismatch = torch.maximum(mismatch, ((rollout.sampler_logprobs - rollout.logprobs).abs() * mask).max())
-        if room > 0:
-            pairs.append(_pairs(rollout, mask)[:room].clone())  # a view would keep all pairs of the part
-            room -= len(pairs[-1])
-        own = {
-            "kl": targets.kl.sum(dim=-1), "reward": targets.rewards.sum(dim=-1), "length": rollout.lengths,
-            "ended": rollout.ended, "score": raw_scores[rows.numbers], "learnt": lesson.scores[rows.numbers],
-        }  # fmt: skip
-        for name, values in own.items():
-            columns[name].append(values[fresh].float())
-    table = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in columns.items()}
-    metrics = _row_metrics(table, ranks)
-    metrics |= _token_metrics({name: running.compute(ranks.sum) for name, running in moments.items()})
+        if pairs.room:
+            pairs.add(_pairs(rollout, mask)[: pairs.room])
+        own = (
+            targets.kl.sum(dim=-1), targets.rewards.sum(dim=-1), rollout.lengths, rollout.ended,
+            raw_scores[rows.numbers], lesson.scores[rows.numbers],
+        )  # fmt: skip
+        columns.add(torch.stack([values.float() for values in own])[:, fresh])
+    metrics = _row_metrics(dict(zip(ROW_FIGURES, columns.filled, strict=True)), ranks)
+    metrics |= _token_metrics({name: running.compute(ranks.sum) for name, running in moments.items()}, lesson.values)
     metrics["objective/kl_coef"] = lesson.kl_coef
     metrics["objective/non_score_reward"] = -lesson.kl_coef * metrics["objective/kl"]
     metrics["reward/dropped"] = float(ranks.sum((lesson.fresh & ~lesson.counted).sum().float()))
     metrics["rollout/sampler_logprob_diff_max"] = float(ranks.max(mismatch))
-    metrics["rollout/distinct_2"] = _distinct(torch.cat(pairs) if pairs else torch.zeros(0, dtype=torch.long), ranks)
+    metrics["rollout/distinct_2"] = _distinct(pairs.filled, ranks)
     return Survey(metrics, whitening.compute(ranks.sum))
 
 
+class Filling:
+    """Columns that come in parts, (..., n), in a tensor made beforehand.
+
+    A list of small tensors, one kept from each part, would pin the memory of the large ones freed between them.
+    """
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self._values, self._count = torch.zeros(shape, dtype=dtype), 0
+
+    @property
+    def room(self) -> int:
+        """How many columns may still come."""
+        return self._values.shape[-1] - self._count
+
+    @property
+    def filled(self) -> Tensor:
+        """Those that came."""
+        return self._values[..., : self._count]
+
+    def add(self, part: Tensor) -> None:
+        """Take in columns (..., k), k at most `room`."""
+        start, self._count = self._count, self._count + part.shape[-1]
+        self._values[..., start : self._count] = part
+
+
+ROW_FIGURES = ("kl", "reward", "length", "ended", "score", "learnt")
 TOKEN_FIGURES = ("kl", "kl_k3", "kl_exact", "value", "return", "advantage", "monte_carlo", "unexplained", "mismatch")
 
 
@@ -123,20 +146,24 @@ def _token_figures(rollout: Rollout, targets: Targets, *, gamma: float) -> Itera
     yield from zip(TOKEN_FIGURES, figures, strict=True)
 
 
-def _token_metrics(tokens: dict[str, Moments]) -> dict[str, float]:
-    var = float(tokens["monte_carlo"].var)
-    explained = 1 - float(tokens["unexplained"].var) / (var + 1e-5) if var > 0 else 0.0  # as `explained_variance`
-    return {
+def _token_metrics(tokens: dict[str, Moments], values: bool) -> dict[str, float]:
+    figures = {
         "objective/kl_token": float(tokens["kl"].mean),
         "objective/kl_k3": float(tokens["kl_k3"].mean),
         "objective/kl_exact": float(tokens["kl_exact"].mean),
-        "returns/mean": float(tokens["return"].mean),
-        "returns/var": float(tokens["return"].var),
         "advantages/mean": float(tokens["advantage"].mean),
         "advantages/std": float(tokens["advantage"].var.sqrt()),
+        "rollout/sampler_logprob_diff_mean": float(tokens["mismatch"].mean),
+    }
+    if not values:
+        return figures
+    var = float(tokens["monte_carlo"].var)
+    explained = 1 - float(tokens["unexplained"].var) / (var + 1e-5) if var > 0 else 0.0  # as `explained_variance`
+    return figures | {
+        "returns/mean": float(tokens["return"].mean),
+        "returns/var": float(tokens["return"].var),
         "value/mean": float(tokens["value"].mean),
         "value/explained_variance": explained,
-        "rollout/sampler_logprob_diff_mean": float(tokens["mismatch"].mean),
     }
 
 

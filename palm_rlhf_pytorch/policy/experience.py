@@ -25,6 +25,7 @@ from palm_rlhf_pytorch.policy.records import (
     RECORD_START,
     Decoder,
     Row,
+    Spans,
     checked_arrays,
     described,
     file_header,
@@ -112,9 +113,9 @@ class RolloutFile:
         """See `Experience.select`."""
         return Experience([self]).select(rows)
 
-    def spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> Spans:
         """Tokens of prompt and of response of each row."""
-        return list(zip(self._index["prompt_lengths"].tolist(), self._index["lengths"].tolist(), strict=True))
+        return Spans(zip(self._index["prompt_lengths"], self._index["lengths"], strict=True))
 
     def column(self, name: str) -> Tensor:
         """What each row has of prompt_lengths, lengths, ended (0 or 1), prompt_rows or versions, int64, (n,)."""
@@ -207,9 +208,9 @@ class Experience:
         """The id that ends a response, None if none does."""
         return self._first.eos_token
 
-    def spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> Spans:
         """Tokens of prompt and of response of each row."""
-        return [span for file in self.files for span in file.spans()]
+        return Spans(span for file in self.files for span in file.spans())
 
     @property
     def ended(self) -> Tensor:

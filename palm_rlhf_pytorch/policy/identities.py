@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
 from palm_rlhf_pytorch.policy.probe import Finding, Probe, gap, listed
 from palm_rlhf_pytorch.policy.targets import make_targets
+from palm_rlhf_pytorch.truncation import Truncation
 
 
 def dropout(probe: Probe) -> Finding:
@@ -38,7 +39,8 @@ def dropout(probe: Probe) -> Finding:
             "the ratio starts off 1 by the dropout's noise, on while learning and off while sampling: set"
             " actor_dropout=0",
         )  # fmt: skip
-    return Finding("ok", "two eval passes agree, of actor and of critic")
+    critic = "" if probe.model.critic is None else " and of critic"
+    return Finding("ok", f"two eval passes agree, of actor{critic}")
 
 
 def values(probe: Probe) -> Finding:
@@ -54,7 +56,10 @@ def values(probe: Probe) -> Finding:
 
 
 def by_hand(probe: Probe) -> Finding:
-    """One row alone: the learner's log-probabilities are log_softmax(logits / temperature) of the ids, written out."""
+    """One row alone: the learner's log-probabilities are log_softmax(logits / temperature) of the ids, written out.
+
+    Where top-k or top-p cut the policy, over the tokens that they leave.
+    """
     row = max(range(len(probe.lengths)), key=probe.lengths.__getitem__)
     only = probe.alone(row)
     start, steps = int(only.prompt_lengths), int(only.lengths)
@@ -66,16 +71,32 @@ def by_hand(probe: Probe) -> Finding:
         logits = model.to_logits(hidden)[0].float() / probe.temperature
         learnt = probe.forward(only).logprobs[:, :steps]
     probe.largest_logit = float(logits.abs().max())
-    table = logits.log_softmax(dim=-1)
-    expected = torch.stack([table[step, ids[0, start + step]] for step in range(steps)])[None]
+    drawn = ids[0, start : start + steps].tolist()
+    truncation = probe.model.truncation
+    kept = [_kept_by_hand(*step, truncation) for step in zip(logits, drawn, strict=True)]
+    expected = torch.stack([step[of].log_softmax(dim=-1)[0] for step, of in zip(logits, kept, strict=True)])[None]
     apart = gap(learnt, expected, torch.ones_like(expected, dtype=torch.bool))
+    cut = "".join(f", {name} {value:g}" for name, value in truncation._asdict().items() if value is not None)
+    found = f"log_softmax(logits / {probe.temperature:g}{cut}) by hand: {apart} nats apart"
     if apart.within(probe.tolerance()):
-        return Finding("ok", f"log_softmax(logits / {probe.temperature:g}) by hand: {apart} nats apart")
+        return Finding("ok", found)
     return Finding(
-        "fail", f"log_softmax(logits / {probe.temperature:g}) by hand: {apart} nats apart",
+        "fail", found,
         f"the pass that learns does not divide logits by the temperature of sampling ({probe.temperature:g}), or reads"
         " a neighbouring place: token k is predicted by the hidden state of token k - 1",
     )  # fmt: skip
+
+
+def _kept_by_hand(logits: Tensor, drawn: int, truncation: Truncation) -> list[int]:
+    """The token that was drawn, then the others that the cut of logits (v,) leaves, one after the other."""
+    order: list[int] = logits.argsort(descending=True).tolist()[: truncation.top_k]
+    mass, kept = 0.0, [drawn]
+    for token, chance in zip(order, logits[order].softmax(dim=-1).tolist(), strict=True):
+        if truncation.top_p is not None and mass >= truncation.top_p < 1:
+            break
+        kept += [token] if token != drawn else []
+        mass += chance
+    return kept
 
 
 def padding(probe: Probe) -> Finding:
@@ -182,7 +203,7 @@ def gradients(probe: Probe) -> Finding:
     for hat, loss in _losses(probe).items():
         if not loss.requires_grad:
             return _unreached(hat, [*hats[hat]])
-        found = torch.autograd.grad(loss, [*trained.values()], retain_graph=hat == "actor", allow_unused=True)
+        found = torch.autograd.grad(loss, [*trained.values()], retain_graph=True, allow_unused=True)
         grads = {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None}
         lost = [name for name in hats[hat] if name not in grads]
         if lost:
@@ -209,17 +230,18 @@ def gradients(probe: Probe) -> Finding:
 
 
 def _losses(probe: Probe) -> dict[str, Tensor]:
-    """Policy and value loss of one microbatch, advantages and returns being noise; by the pass that learns."""
+    """Policy and value loss (where there is a critic) of one microbatch, advantages and returns being noise."""
     rows = probe.microbatches()[0]
     part, mask = probe.rollout.select(rows), probe.mask[rows.numbers, : rows.steps]
     noise = torch.randn(2, *part.logprobs.shape, generator=probe.generator, device=probe.device)
     probe.model.train()
     with torch.enable_grad():
         out = probe.forward(part, rows)
-        return {
-            "actor": policy_loss(out.logprobs, part.logprobs, noise[0], mask).loss,
-            "critic": value_loss(out.values, part.values, part.values + noise[1], mask, value_clip=None).loss,
-        }
+        losses = {"actor": policy_loss(out.logprobs, part.logprobs, noise[0], mask).loss}
+        if probe.model.critic is not None:
+            aim = part.values + noise[1]
+            losses["critic"] = value_loss(out.values, part.values, aim, mask, value_clip=None).loss
+        return losses
 
 
 def _unreached(hat: str, lost: list[str]) -> Finding:

@@ -1,26 +1,29 @@
-"""One PPO update: epochs of clipped steps over the minibatches of a lesson, which can stop after any step and go on.
+"""One update: epochs of steps over the minibatches of a lesson, which can stop after any step and go on.
 
-Schulman et al., "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347
-Knows nothing of prompts, judges or files.
+Schulman et al., "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347, whose loop it is; the loss
+is given. Knows nothing of prompts, judges or files.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
+from palm_rlhf_pytorch.objectives.group import Counts
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.losses import Loss
 from palm_rlhf_pytorch.policy.rollout import Rows, row_batches
 from palm_rlhf_pytorch.policy.sharding import Sharding, asks_for_sharding, gathering_gradients, whole_tensor
-from palm_rlhf_pytorch.policy.targets import Lesson
+from palm_rlhf_pytorch.policy.targets import Lesson, Targets
 from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups
 from palm_rlhf_pytorch.training.ranks import Ranks
 
+WATCHED = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm")  # a step with one not finite is left out
 Random = Callable[..., torch.Generator]  # (purpose, *counts): the same state for the same arguments
 
 
@@ -32,6 +35,7 @@ class Progress:
         epoch: the pass over the rows that the next step belongs to, from 0.
         minibatch: which minibatch of it comes next, from 0.
         steps: optimizer steps taken so far; skipped: those left out because a number was not finite.
+        ended: whether the policy has moved so far that the rest of the update is left out.
         totals: sum over the steps taken, or the largest value, of each diagnostic.
     """
 
@@ -39,7 +43,12 @@ class Progress:
     minibatch: int = 0
     steps: int = 0
     skipped: int = 0
+    ended: bool = False
     totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_over(self) -> bool:
+        """Whether the rest is left out."""
+        return self.ended
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able; float32 numbers come back to the same bits."""
@@ -53,7 +62,7 @@ class Progress:
 
 
 class Learner:
-    """Owns the optimizer of an ActorCritic and takes PPO's steps.
+    """Owns the optimizer of an ActorCritic and takes its steps.
 
     One forward, one summed loss, one backward a microbatch: two backwards through one wrapped model let ranks drift
     apart. Sums are divided by the number of response tokens in the whole optimizer step, on all ranks, so that
@@ -66,22 +75,21 @@ class Learner:
         actor_critic: ActorCritic,
         accelerator: Accelerator,
         *,
+        loss: Loss,
         actor_lr: float,
-        critic_lr: float,
         actor_wd: float,
-        critic_wd: float,
         betas: tuple[float, float],
         adam_eps: float,
         max_norm: float | None,
-        eps_clip: float,
-        dual_clip: float | None,
-        value_clip: float | None,
-        entropy_coef: float,
         epochs: int,
         minibatch_size: int,
         max_batch_size: int,
         max_batch_tokens: int,
         max_skipped_steps: int = 3,
+        max_approx_kl: float | None = None,
+        critic_lr: float = 0.0,
+        critic_wd: float = 0.0,
+        critic_warmup: int = 0,
     ) -> None:
         self.accelerator, self.ranks = accelerator, Ranks(accelerator)
         self.sharding = Sharding(actor_critic, accelerator) if asks_for_sharding(accelerator) else None
@@ -89,18 +97,17 @@ class Learner:
         self.actor, self.critic = learnt.actor_parameters(), learnt.critic_parameters()
         groups = parameter_groups(self.actor.items(), lr=actor_lr, weight_decay=actor_wd)
         self.actor_groups = len(groups)  # they come first; the rest is the critic's
-        groups += parameter_groups(self.critic.items(), lr=critic_lr, weight_decay=critic_wd)
+        if self.critic:
+            groups += parameter_groups(self.critic.items(), lr=critic_lr, weight_decay=critic_wd)
         optimizer = adamw(groups, lr=actor_lr, betas=betas, eps=adam_eps)
         self.model: nn.Module = learnt
         if self.sharding is None:
             self.model, self.optimizer = accelerator.prepare(learnt, optimizer)
         else:  # wrapped already; `prepare` would tell the optimizer's tensors by their memory: empty shards have none
             self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.max_norm, self.eps_clip, self.dual_clip, self.value_clip = max_norm, eps_clip, dual_clip, value_clip
-        self.entropy_coef, self.epochs = entropy_coef, epochs
-        self.minibatch_size = minibatch_size
+        self.loss, self.max_norm, self.epochs, self.minibatch_size = loss, max_norm, epochs, minibatch_size
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
-        self.max_skipped_steps = max_skipped_steps
+        self.max_skipped_steps, self.max_approx_kl, self.critic_warmup = max_skipped_steps, max_approx_kl, critic_warmup
         self.draws = actor_critic.has_dropout
         self.steps = 0
         self.skipped_in_a_row = 0
@@ -132,9 +139,23 @@ class Learner:
         rows = lesson.counted.nonzero()[:, 0]
         share = max(self.minibatch_size // self.accelerator.num_processes, 1)
         num_batches = int(self.ranks.max(torch.tensor(-(-len(rows) // share))))
-        while progress.epoch < self.epochs and num_batches:
+        with self._warming_up(lesson):
+            return self._epochs(lesson, rows.tolist(), num_batches, share, progress, random, on_step)
+
+    def _epochs(
+        self,
+        lesson: Lesson,
+        rows: list[int],
+        num_batches: int,
+        share: int,
+        progress: Progress,
+        random: Random,
+        on_step: Callable[[Progress], object] | None,
+    ) -> dict[str, float]:
+        """What is left of the epochs, in num_batches minibatches of `share` of this rank's rows each."""
+        while progress.epoch < self.epochs and num_batches and not progress.is_over():
             epoch = progress.epoch
-            order = rows[torch.randperm(len(rows), generator=random("order", epoch))].tolist()
+            order = [rows[place] for place in torch.randperm(len(rows), generator=random("order", epoch)).tolist()]
             for number in range(progress.minibatch, num_batches):
                 seeded = _seeded(random("dropout", epoch, number), self._device) if self.draws else nullcontext()
                 with seeded:
@@ -142,6 +163,8 @@ class Learner:
                 progress.minibatch = number + 1
                 if on_step is not None:
                     on_step(progress)
+                if progress.is_over():
+                    return self._summary(progress)
             progress.epoch, progress.minibatch = epoch + 1, 0
         return self._summary(progress)
 
@@ -170,11 +193,26 @@ class Learner:
                 for group, weights in zip(groups, held, strict=True):
                     group["params"] = weights
 
+    @contextmanager
+    def _warming_up(self, lesson: Lesson) -> Iterator[None]:
+        """In an update in which the critic learns alone the policy's rates are 0: nor does weight decay move it."""
+        groups = self.optimizer.param_groups[: self.actor_groups] if lesson.version < self.critic_warmup else []
+        rates = [group["lr"] for group in groups]
+        try:
+            for group in groups:
+                group["lr"] = 0.0
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
     def _summary(self, progress: Progress) -> dict[str, float]:
         """The diagnostics of an update."""
         lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        metrics = {"policy/lr": lrs[0], "value/lr": lrs[self.actor_groups]}
+        metrics = {"policy/lr": lrs[0]} | ({"value/lr": lrs[self.actor_groups]} if self.critic else {})
         metrics["policy/skipped_steps"] = float(progress.skipped)
+        if self.max_approx_kl is not None:
+            metrics["policy/ended_early"] = float(progress.ended)
         if not progress.totals:
             return metrics
         sums = dict(zip(progress.totals, torch.stack(list(progress.totals.values())).tolist(), strict=True))
@@ -188,17 +226,18 @@ class Learner:
 
     def _step(self, lesson: Lesson, rows: list[int], progress: Progress) -> None:
         """One optimizer step on some rows, in microbatches that max_batch_size and max_batch_tokens allow."""
-        own_tokens = float(sum(lesson.spans[row][1] for row in rows))
-        num_tokens = self.ranks.sum(torch.tensor(own_tokens, device=self._device)).clamp(min=1)
+        own = [float(sum(lesson.spans[row][1] for row in rows)), float(len(rows))]
+        counts = Counts(*self.ranks.sum(torch.tensor(own, device=self._device)).clamp(min=1))
         totals: dict[str, Tensor] = {}
         micros = self._microbatches(lesson, rows)
-        for number, (micro, counts) in enumerate(micros):
+        for number, (micro, counted) in enumerate(micros):
             with gathering_gradients(self.model, self.accelerator, last=number == len(micros) - 1):
-                _accumulate(totals, self._backward(lesson, micro, num_tokens, counts=counts))
+                _accumulate(totals, self._backward(lesson, micro, counts, counted=counted))
         totals = self._over_ranks(totals)
         self.accelerator.unscale_gradients(self.optimizer)
         totals["policy/grad_norm"] = self._clip(self.actor.values())
-        totals["value/grad_norm"] = self._clip(self.critic.values())
+        if self.critic:
+            totals["value/grad_norm"] = self._clip(self.critic.values())
         self._apply(totals, rows, lesson, progress)
 
     def _microbatches(self, lesson: Lesson, rows: list[int]) -> list[tuple[Rows, bool]]:
@@ -218,7 +257,7 @@ class Learner:
 
     def _apply(self, totals: dict[str, Tensor], rows: list[int], lesson: Lesson, progress: Progress) -> None:
         """Take the step if all numbers are finite; else leave weights and optimizer as they are, and count it."""
-        watched = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm")
+        watched = [name for name in WATCHED if name in totals]
         known = torch.stack([totals[name].float() for name in watched]).isfinite()
         finite, scaled = bool(known.all()), self.accelerator.scaler is not None
         if finite or scaled:  # float16's scaler leaves out steps whose gradients overflow by itself, and scales down
@@ -229,9 +268,13 @@ class Learner:
             self.steps += 1
             progress.steps += 1
             _accumulate(progress.totals, totals)
+            limit = self.max_approx_kl
+            progress.ended = limit is not None and float(totals["policy/approx_kl"]) > limit
             return
         progress.skipped += 1
-        self.skipped_in_a_row += not (scaled and bool(known[:2].all()))  # no scale mends a loss
+        self.skipped_in_a_row += not (
+            scaled and all(isfinite(float(totals[name])) for name in watched if name.endswith("/loss"))
+        )  # no scale mends a loss
         if self.skipped_in_a_row >= self.max_skipped_steps:
             figures = ", ".join(f"{name} {float(totals[name]):.3g}" for name in watched)
             raise FloatingPointError(
@@ -240,35 +283,25 @@ class Learner:
                 " weights are as the last good step left them: lower the learning rates, or look for extreme scores"
             )
 
-    def _backward(self, lesson: Lesson, rows: Rows, num_tokens: Tensor, *, counts: bool) -> dict[str, Tensor]:
+    def _backward(self, lesson: Lesson, rows: Rows, counts: Counts, *, counted: bool) -> dict[str, Tensor]:
         """Gradients of one microbatch, added to those there are; its part of each diagnostic."""
         rollout, targets = lesson.read(rows)
-        mask = rollout.response_mask & lesson.counted[rows.numbers][:, None] & counts
-        device, steps = self._device, rows.steps
+        mask = rollout.response_mask & lesson.counted[rows.numbers][:, None] & counted
+        device = self._device
         rollout, mask = rollout.to(device), mask.to(device)
         with self.accelerator.autocast():
             out = self.model(
-                rollout.sequences, rollout.prompt_lengths, steps, temperature=rollout.temperature,
-                lengths=rollout.lengths, num_tokens=rows.num_tokens, entropy_grad=self.entropy_coef != 0,
+                rollout.sequences, rollout.prompt_lengths, rows.steps, temperature=rollout.temperature,
+                lengths=rollout.lengths, num_tokens=rows.num_tokens, entropy_grad=self.loss.entropy_grad,
+                kl_grad=self.loss.kl_grad,
             )  # fmt: skip
-        policy = policy_loss(
-            out.logprobs, rollout.logprobs, targets.advantages.to(device), mask, eps_clip=self.eps_clip,
-            dual_clip=self.dual_clip, num_tokens=num_tokens,
-        )  # fmt: skip
-        value = value_loss(
-            out.values, rollout.values, targets.returns.to(device), mask, value_clip=self.value_clip,
-            num_tokens=num_tokens,
-        )  # fmt: skip
-        entropy = (out.entropy * mask).sum() / num_tokens
-        loss = policy.loss + value.loss
-        if self.entropy_coef != 0:
-            loss = loss - self.entropy_coef * entropy
+        found = self.loss(out, rollout, Targets(*(part.to(device) for part in targets)), mask, counts)
+        # while the critic warms up the policy's gradient is 0 but there: ranks wait for one
+        loss = found.value + found.policy * (0.0 if lesson.version < self.critic_warmup else 1.0)
         # the wrapper averages over ranks and accelerate divides by its accumulation steps; N is already of them all
         scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         self.accelerator.backward(loss * scale)
-        figures = {f"policy/{name}": figure.detach() for name, figure in policy._asdict().items()}
-        figures |= {f"value/{name}": figure.detach() for name, figure in value._asdict().items()}
-        return figures | {"policy/entropy": entropy.detach()}
+        return found.figures
 
     def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over ranks, and the largest of what is a maximum."""

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
 from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts, row_batches
 from palm_rlhf_pytorch.policy.run import Flight
-from palm_rlhf_pytorch.policy.trainer_state import KIND, Trainer, restore_state, state_of
+from palm_rlhf_pytorch.policy.trainer_state import Trainer, restore_state, state_of
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
@@ -54,6 +55,10 @@ class Trainable(Trainer, Protocol):
 
     def judged(self, source: Experience) -> Tensor:
         """The judge's scores of all rows; not too many without one."""
+        ...
+
+    def wants_more(self, flight: Flight) -> bool:
+        """Whether to sample another round before learning; all processes say the same."""
         ...
 
     def held_out_scores(self, source: Experience) -> Tensor | None:
@@ -94,9 +99,9 @@ def begin(trainer: Trainable, call: Call, resume: str | Path | None) -> Call:
     if resume == "auto":
         if run.checkpoints is None:
             raise ValueError("resume='auto' looks into run_dir: give RLHFTrainer one, or resume=path")
-        found = run.checkpoints.latest(kind=KIND)
+        found = run.checkpoints.latest(kind=trainer.kind)
     elif resume is not None:
-        found = load_checkpoint(resume, kind=KIND)
+        found = load_checkpoint(resume, kind=trainer.kind)
     elif not run.begun and run.checkpoints is not None and run.checkpoints.steps():
         raise ValueError(
             f"run_dir ({run.folder}) holds a run already: resume='auto' goes on with it, another folder begins anew"
@@ -168,11 +173,16 @@ class Loop:
         size = self.call.size if trainer.flight is None else trainer.flight.size
         scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place(size)))
         started = time.perf_counter()
-        flight = self.collect()  # 1. collect
-        self.score(flight)  # 2. score
+        while True:
+            flight = self.collect()  # 1. collect
+            self.score(flight)  # 2. score
+            if not trainer.wants_more(flight):
+                break
+            flight.rounds.append(trainer.run.round(len(flight.rounds), trainer.updates))
+            flight.held_out = None
         sampled = time.perf_counter()
         metrics = self.learn(flight) | (flight.held_out or {})  # 3. learn
-        tokens = sum(length for _, length in flight.file.spans())
+        tokens = sum(length for _, length in flight.sampled.spans())
         metrics |= timing_metrics(tokens, started, sampled, ranks=trainer.ranks, device=trainer.accelerator.device)
         self.call.done += flight.size
         self.call.updates += 1
@@ -194,9 +204,12 @@ class Loop:
         trainer, settings = self.trainer, self.trainer.settings
         taken = trainer.prompts.taken
         if trainer.flight is None:
-            trainer.flight = Flight(taken, self.call.size, trainer.run.file("update", trainer.updates))
+            trainer.flight = Flight(taken, self.call.size, [trainer.run.round(0, trainer.updates)])
         flight = trainer.flight
-        prompting = trainer.prompting(trainer.next_prompts(flight.size), **self.call.sampling)
+        trainer.prompts.taken, batch = flight.taken, trainer.next_prompts(flight.size)
+        for _ in flight.rounds[1:]:  # each answers the prompts after those of the round before
+            batch = trainer.next_prompts(flight.size)
+        prompting = trainer.prompting(batch, **self.call.sampling)
         batches, there = prompting.batches(settings.max_batch_size), len(flight.file)
         first = next((n for n, end in enumerate(_ends(batches)) if end > there), len(batches))
         with (
@@ -212,7 +225,7 @@ class Loop:
 
             parts = rollout_parts(
                 trainer.actor_critic, prompting, batches, first=first, version=trainer.updates,
-                generator=lambda number: trainer.generator("sample", trainer.rollouts, number),
+                generator=partial(trainer.generator, "sample", trainer.rollouts, *flight.stream),
                 max_batch_tokens=settings.max_batch_tokens, on_step=on_token,
             )  # fmt: skip
             for number, part in enumerate(parts, start=first):
@@ -229,7 +242,7 @@ class Loop:
         """
         trainer = self.trainer
         try:
-            if flight.file.scores is None:
+            if flight.file.scores is None and len(flight.file):
                 scores = trainer.judged(Experience([flight.file]))
                 with trainer.ranks.together():
                     flight.file.set_scores(scores)
@@ -244,7 +257,7 @@ class Loop:
 
     def _held_out(self, flight: Flight) -> dict[str, float]:
         """The held-out judge's mean score over all processes, if there is such a judge."""
-        scores = self.trainer.held_out_scores(Experience([flight.file]))
+        scores = self.trainer.held_out_scores(flight.sampled)
         if scores is None:
             return {}
         known = scores[scores.isfinite()].double()
@@ -254,7 +267,7 @@ class Loop:
     def learn(self, flight: Flight) -> dict[str, float]:
         """Learn from the responses, or go on with that."""
         trainer = self.trainer
-        if trainer.settings.max_staleness and flight.refreshed is None:
+        if trainer.settings.stale_updates and flight.refreshed is None:
             with trainer.learner.whole(), trainer.ranks.together():
                 flight.refreshed = self._refreshed(flight)
 
@@ -266,7 +279,7 @@ class Loop:
             self.stop.check()
 
         return trainer.learn_from(
-            flight.experience, num_fresh=len(flight.file), progress=flight.progress, on_step=on_step
+            flight.experience, num_fresh=len(flight.rounds[0]), progress=flight.progress, on_step=on_step
         )
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
@@ -274,7 +287,7 @@ class Loop:
         trainer = self.trainer
         if trainer.run.checkpoints is not None:
             trainer.saves += 1
-            trainer.run.checkpoints.save(trainer.saves, kind=KIND, metrics=metrics or {}, **state_of(trainer))
+            trainer.run.checkpoints.save(trainer.saves, kind=trainer.kind, metrics=metrics or {}, **state_of(trainer))
             self.unsaved = False
 
     def _refreshed(self, flight: Flight) -> RolloutFile:
@@ -286,7 +299,7 @@ class Loop:
         target = trainer.run.file("refreshed", trainer.updates)
         limits = {"max_rows": settings.max_batch_size, "max_tokens": settings.max_batch_tokens}
         sampling = (flight.file.temperature, flight.file.eos_token)
-        for file in trainer.run.kept(trainer.updates, settings.max_staleness):
+        for file in trainer.run.kept(trainer.updates, settings.stale_updates):
             if (file.temperature, file.eos_token) != sampling:  # of an earlier call of train, with other arguments
                 continue
             spans = file.spans()

@@ -17,13 +17,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.objectives.policy_gradient import policy_loss, value_loss
+from palm_rlhf_pytorch.objectives.group import Counts
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.footprint import LiveBytes, clock
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.prompts import Prompts
+from palm_rlhf_pytorch.policy.rollout import recorded
 from palm_rlhf_pytorch.policy.scores import Judge, evaluating
-from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.settings import PolicySettings
+from palm_rlhf_pytorch.policy.targets import Targets
 from palm_rlhf_pytorch.tensors import lengths_to_mask, split_rows
 from palm_rlhf_pytorch.training.optimizer import adamw
 
@@ -49,7 +51,7 @@ class Trainer(Protocol):
     prompts: Prompts
     reward_model: Judge
     held_out_judge: Judge | None
-    settings: PPOSettings
+    settings: PolicySettings
 
 
 class Text(NamedTuple):
@@ -73,7 +75,7 @@ class Pieces:
         self.share = -(-len(upcoming[0]) // ranks)
         self.upcoming = [update[: self.share] for update in upcoming]
         self.older = [  # updates whose responses are learnt from again in each, as far as the run has had them
-            self.upcoming[max(0, number - self.settings.max_staleness) : number] for number in range(len(upcoming))
+            self.upcoming[max(0, number - self.settings.stale_updates) : number] for number in range(len(upcoming))
         ]
         self.lessons = [
             [text for update in (*older, fresh) for text in update]
@@ -169,18 +171,18 @@ class Pieces:
 
     def _learn(self, reading: dict[str, Any]) -> None:
         """Forward and backward pass by the losses that learning takes."""
-        settings, model = self.settings, self.trainer.learner.model.train()
+        loss, model = self.trainer.learner.loss, self.trainer.learner.model.train()
         if not self.accumulates:
             _drop_gradients(self.trainer)
         with self.accelerator.autocast():
-            out = model(**reading, entropy_grad=settings.entropy_coef != 0)
+            out = model(**reading, entropy_grad=loss.entropy_grad, kl_grad=loss.kl_grad)
         mask, ones = lengths_to_mask(reading["lengths"], reading["response_length"]), torch.ones_like(out.values)
-        policy = policy_loss(out.logprobs, out.logprobs.detach(), ones, mask, dual_clip=settings.dual_clip)
-        value = value_loss(out.values, out.values.detach(), ones, mask, value_clip=settings.value_clip)
-        loss = policy.loss + value.loss
-        if settings.entropy_coef != 0:
-            loss = loss - settings.entropy_coef * out.entropy.mean()
-        self.accelerator.backward(loss)
+        seen = {"logprobs": out.logprobs.detach(), "ref_logprobs": out.logprobs.detach(), "values": out.values.detach()}
+        rollout = recorded(reading["sequences"], reading["prompt_lengths"], reading["lengths"], temperature=1.0, **seen)
+        targets = Targets(ones, ones, ones, ones)
+        counts = Counts(mask.sum(), torch.tensor(len(mask), device=mask.device))
+        found = loss(out, rollout, targets, mask, counts)
+        self.accelerator.backward(found.policy + found.value)
 
     def _step_seconds(self) -> float:
         """Of clipping and AdamW's step, from copies of as many trained numbers as are allowed."""

@@ -10,7 +10,7 @@ Ziegler et al., "Fine-Tuning Language Models from Human Preferences", https://ar
 Stiennon et al., "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,18 @@ from typing import Any
 from torch import Tensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy.arguments import Call, check_train_arguments
-from palm_rlhf_pytorch.policy.diagnostics import lesson_from
-from palm_rlhf_pytorch.policy.experience import Experience
-from palm_rlhf_pytorch.policy.learning import Progress
-from palm_rlhf_pytorch.policy.loop import Loop, begin
-from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.policy.scores import Judge, raw_scores
+from palm_rlhf_pytorch.policy.arguments import Call
+from palm_rlhf_pytorch.policy.losses import PPOLoss
+from palm_rlhf_pytorch.policy.online import OnlineTrainer
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
+from palm_rlhf_pytorch.policy.scores import Judge
 from palm_rlhf_pytorch.policy.settings import settings_from
-from palm_rlhf_pytorch.policy.trainer import PolicyTrainer
+from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
-class RLHFTrainer(PolicyTrainer):
+class RLHFTrainer(OnlineTrainer):
     """Improves a PaLM against a judge, with a frozen reference that it must not stray far from.
 
     The `palm` given stays as it is; the improved model comes from `export_palm()`. All randomness follows from `seed`
@@ -79,7 +77,7 @@ class RLHFTrainer(PolicyTrainer):
                 None keeps no checkpoints, and experience in a temporary folder.
             metrics_path: a JSONL file that gets a line for each update; by default metrics.jsonl in run_dir.
             accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
-            **settings: the fields of PPOSettings, where each is described.
+            **settings: the fields of PPOSettings and of PolicySettings, where each is described.
 
         Raises:
             TypeError: if an argument or a setting is unknown or of the wrong type.
@@ -89,10 +87,15 @@ class RLHFTrainer(PolicyTrainer):
             "prompt_token_ids": prompt_token_ids, "prompt_mask": prompt_mask, "prompt_lengths": prompt_lengths,
             "pad_value": pad_value, "prompts": prompts, "prompts_path": prompts_path, "tokenizer": tokenizer,
         }  # fmt: skip
+        chosen = settings_from(PPOSettings, settings, trainer="RLHFTrainer")
         super().__init__(
-            palm, reward_model, held_out_judge=held_out_judge, settings=settings_from(settings), prompts=sources,
-            seed=seed, run_dir=run_dir, metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs,
+            palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=True,
+            loss=PPOLoss(**chosen.loss_arguments()), prompts=sources, seed=seed, run_dir=run_dir,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs,
         )  # fmt: skip
+        self.lesson = partial(
+            Lesson, gamma=chosen.gamma, gae_lambda=chosen.gae_lambda, importance_cap=chosen.importance_cap
+        )
 
     @typecheck
     def train(
@@ -138,59 +141,4 @@ class RLHFTrainer(PolicyTrainer):
             FloatingPointError: if loss or gradient norm are not finite several steps in a row.
         """
         call = Call(num_episodes, max_seq_len, max_new_tokens, eos_token, temperature, update_timesteps)
-        check_train_arguments(
-            self.prompts, self.settings, palm=self.actor_critic.palm, num_episodes=num_episodes,
-            update_timesteps=update_timesteps, **call.sampling,
-        )  # fmt: skip
-        self.call = begin(self, call, resume)
-        self.doctor.run = self.doctor.run._replace(eos_token=eos_token is not None)
-        loop = Loop(self, self.call, use_tqdm=use_tqdm)
-        if preflight:
-            loop.prove()
-        history, self.stopped = loop.run()
-        return history
-
-    def learn(self, rollout: Rollout) -> dict[str, float]:
-        """Take PPO's steps on a scored rollout, then let the KL controller act; returns the diagnostics.
-
-        Learning rates are those of the settings, or of the last update where `train` has run.
-
-        Raises:
-            ValueError: if the rollout has no scores, not one a response, or too many that are not finite.
-            FloatingPointError: if loss or gradient norm are not finite several steps in a row; each such step leaves
-                the weights as they were.
-        """
-        if rollout.scores is None:
-            raise ValueError(
-                "rollout has no scores: call score(rollout) first, or set them by rollout._replace(scores=)"
-            )
-        scores = raw_scores(rollout.scores, len(rollout.sequences), where="this rollout")
-        return self.learn_from(rollout._replace(scores=scores).to("cpu"), num_fresh=len(rollout.sequences))
-
-    def learn_from(
-        self,
-        source: Rollout | Experience,
-        *,
-        num_fresh: int,
-        progress: Progress | None = None,
-        on_step: Callable[[Progress], object] | None = None,
-    ) -> dict[str, float]:
-        """What `learn` does, on rows on the CPU or on disk, or the rest of it.
-
-        Args:
-            source: scored responses.
-            num_fresh: how many of them this update has sampled; the others are learnt from again.
-            progress: where an interrupted update goes on.
-            on_step: called after each optimizer step, see `Learner.update`.
-        """
-        lesson, metrics = lesson_from(
-            source, self.settings, ranks=self.ranks, normalizer=self.normalizer, kl_coef=self.kl_coef,
-            version=min(self.updates, int(source.versions.max())),  # a rollout handed in may be older than the policy
-        )  # fmt: skip
-        random = partial(self.learning_generator, self.updates)
-        metrics |= self.learner.update(lesson, random=random, progress=progress, on_step=on_step)
-        episodes = num_fresh * self.ranks.count
-        self.episodes += episodes
-        self.updates += 1
-        self.kl_coef = self.settings.next_kl_coef(self.kl_coef, metrics["objective/kl"], num_episodes=episodes)
-        return metrics | {"episodes": float(self.episodes)}
+        return self.run_call(call, resume=resume, preflight=preflight, use_tqdm=use_tqdm)

@@ -16,7 +16,7 @@ from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, Rows, collect_rollout, row_batches
 from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer
-from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.products import product_dtype
 from palm_rlhf_pytorch.tensors import pad_ragged
 
@@ -48,7 +48,7 @@ class Trainer(Protocol):
     reward_model: Judge
     held_out_judge: Judge | None
     prompts: Prompts
-    settings: PPOSettings
+    settings: PolicySettings
     normalizer: ScoreNormalizer
     updates: int
     pad_value: int | None
@@ -130,12 +130,17 @@ class Probe:
         with self.trainer.accelerator.autocast():
             out: PolicyOutput = self.model(
                 rollout.sequences, rollout.prompt_lengths, steps, temperature=self.temperature,
-                lengths=rollout.lengths, num_tokens=count, entropy_grad=self.settings.entropy_coef != 0,
+                lengths=rollout.lengths, num_tokens=count, entropy_grad=self.trainer.learner.loss.entropy_grad,
             )  # fmt: skip
         return out
 
     def features(self, sequences: Tensor) -> Tensor:
-        """The critic's features read by a random head, (b, n): the values of a new one are 0 whatever it sees."""
+        """The critic's features read by a random head, (b, n): the values of a new one are 0 whatever it sees.
+
+        Where there is no critic they are 0.
+        """
+        if self.model.critic is None:
+            return torch.zeros(sequences.shape, device=sequences.device)
         direction = torch.randn(self.model.palm.dim, generator=torch.Generator().manual_seed(1))
         hidden = self.model.critic.embed(self.model.palm, sequences).float()
         return hidden @ direction.to(hidden) * self.model.palm.dim**-0.5

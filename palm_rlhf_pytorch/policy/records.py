@@ -10,8 +10,10 @@ import math
 import struct
 import zlib
 from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, overload
 
 import numpy as np
 import torch
@@ -49,6 +51,26 @@ class Row(NamedTuple):
     ended: bool
     prompt_row: int
     version: int
+
+
+class Spans(Sequence[tuple[int, int]]):
+    """Tokens of prompt and of response of each row, in 8 bytes a row; a list of pairs takes up to 120."""
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
+        self._tokens = array("i", chain.from_iterable(pairs))
+
+    def __len__(self) -> int:
+        return len(self._tokens) // 2
+
+    @overload
+    def __getitem__(self, row: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, row: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(row, slice):
+            return [self[place] for place in range(*row.indices(len(self)))]
+        place = 2 * range(len(self))[row]  # which refuses what is out of range
+        return self._tokens[place], self._tokens[place + 1]
 
 
 def read_row(data: np.ndarray, entry: np.void) -> Row:

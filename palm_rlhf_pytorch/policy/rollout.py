@@ -249,23 +249,26 @@ def _collect(
         eos_token=prompting.eos_token, generator=generator, on_step=on_step,
     )  # fmt: skip
     sequences, mask = align_left(torch.cat((prompts, out.tokens), 1), torch.cat((prompt_mask, out.mask), 1))
-    unread = torch.zeros_like(out.logprobs)
-    rollout = Rollout(
-        sequences=sequences.masked_fill(~mask, 0).int(),
-        prompt_lengths=prompt_mask.sum(dim=-1),
-        lengths=out.mask.sum(dim=-1),
-        logprobs=unread,
-        ref_logprobs=unread,
-        values=unread,
-        sampler_logprobs=out.logprobs,
-        kl_exact=unread,
-        ended=out.ended,
-        prompt_rows=prompting.prompt_rows,
-        versions=torch.full_like(prompting.prompt_rows, version),
-        temperature=prompting.temperature,
+    rollout = recorded(
+        sequences.masked_fill(~mask, 0).int(), prompt_mask.sum(dim=-1), out.mask.sum(dim=-1),
+        temperature=prompting.temperature, sampler_logprobs=out.logprobs, ended=out.ended,
+        prompt_rows=prompting.prompt_rows, versions=torch.full_like(prompting.prompt_rows, version),
         eos_token=prompting.eos_token,
-    )
+    )  # fmt: skip
     return observed(actor_critic, rollout, max_batch_tokens=max_batch_tokens)
+
+
+def recorded(
+    sequences: Tensor, prompt_lengths: Tensor, lengths: Tensor, *, temperature: float, **known: Any
+) -> Rollout:
+    """A rollout of which no more is known than is given; numbers per token are 0, and no response has ended."""
+    steps = next((part.shape[1] for part in known.values() if isinstance(part, Tensor) and part.ndim == 2), None)
+    steps = int(lengths.max()) if steps is None else steps
+    blank, rows = sequences.new_zeros(len(sequences), steps, dtype=torch.float32), torch.zeros_like(prompt_lengths)
+    return Rollout(
+        sequences, prompt_lengths, lengths, logprobs=blank, ref_logprobs=blank, values=blank, sampler_logprobs=blank,
+        kl_exact=blank, ended=rows.bool(), prompt_rows=rows - 1, versions=rows, temperature=temperature, eos_token=None,
+    )._replace(**known)  # fmt: skip
 
 
 @torch.no_grad()

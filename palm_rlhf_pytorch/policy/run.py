@@ -20,7 +20,8 @@ from palm_rlhf_pytorch.policy.learning import Progress
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint, Checkpoints
 from palm_rlhf_pytorch.training.ranks import Ranks
 
-NAME = re.compile(r"(?P<kind>update|refreshed)-(?P<number>\d{8})\.rank-(?P<rank>\d+)\.rollouts(\.scores)?")
+MAX_ROUNDS = 64  # of one update
+NAME = re.compile(r"(?P<kind>update|refreshed|round\d+)-(?P<number>\d{8})\.rank-(?P<rank>\d+)\.rollouts(\.scores)?")
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Flight:
     Attributes:
         taken: prompts handed out before it.
         size: responses of it, over all processes.
-        file: its responses, as far as they are sampled; their scores, once there are some.
+        rounds: its responses and their scores, as far as there are some; more than one file where a method samples
+            again what has taught it nothing.
         refreshed: older responses as the policy sees them at the beginning of the update, where such are learnt from.
         progress: how far learning has come; None before it.
         held_out: what the held-out judge says of the responses, as metrics; None before it was asked.
@@ -38,7 +40,7 @@ class Flight:
 
     taken: int
     size: int
-    file: RolloutFile
+    rounds: list[RolloutFile]
     refreshed: RolloutFile | None = None
     progress: Progress | None = None
     held_out: dict[str, float] | None = None
@@ -46,13 +48,29 @@ class Flight:
     @property
     def experience(self) -> Experience:
         """All responses to learn from, the oldest first."""
-        files = [self.file] if self.refreshed is None else [self.refreshed, self.file]
+        files = self.rounds if self.refreshed is None else [self.refreshed, *self.rounds]
         return Experience([file for file in files if len(file)])
+
+    @property
+    def sampled(self) -> Experience:
+        """The responses of this update alone."""
+        return Experience(self.rounds)
+
+    @property
+    def stream(self) -> tuple[int, ...]:
+        """What tells the random states of a later round from those of the first."""
+        return (1_000_000 + len(self.rounds),) if len(self.rounds) > 1 else ()
+
+    @property
+    def file(self) -> RolloutFile:
+        """The round in hand."""
+        return self.rounds[-1]
 
     @property
     def files(self) -> list[Path]:
         """What of it is on disk."""
-        return self.file.files() + ([] if self.refreshed is None else self.refreshed.files())
+        known = self.rounds if self.refreshed is None else [*self.rounds, self.refreshed]
+        return [path for file in known for path in file.files()]
 
 
 class Run:
@@ -61,7 +79,7 @@ class Run:
     Args:
         folder: made if it is not there; shared by all processes.
         ranks: all processes.
-        keep_last: see PPOSettings, as for keep_best and keep_experience.
+        keep_last: see PolicySettings, as for keep_best and keep_experience.
         keep_best: likewise.
         keep_experience: likewise.
     """
@@ -99,7 +117,7 @@ class Run:
 
     def file(self, name: str, number: int, *, fresh: bool = True) -> RolloutFile:
         """This process's file of an update, emptied unless it is to be gone on with."""
-        path = self.experience_folder / f"{name}-{number:08d}.rank-{self.ranks.rank}.rollouts"
+        path = self.path(name, number)
         if fresh:
             for old in (path, path.with_name(f"{path.name}.scores")):
                 old.unlink(missing_ok=True)
@@ -108,8 +126,19 @@ class Run:
     def kept(self, before: int, count: int) -> list[RolloutFile]:
         """Files of the `count` updates before one, as far as they are there, the oldest first."""
         numbers = range(max(before - count, 0), before)
-        paths = [self.experience_folder / f"update-{number:08d}.rank-{self.ranks.rank}.rollouts" for number in numbers]
-        return [RolloutFile(path, verify=False) for path in paths if path.exists()]
+        found: list[RolloutFile] = []
+        for number in numbers:
+            paths = [self.path(name, number) for name in round_names(MAX_ROUNDS)]
+            found += [RolloutFile(path, verify=False) for path in paths if path.exists()]
+        return found
+
+    def path(self, kind: str, number: int) -> Path:
+        """Where this process's responses of an update are."""
+        return self.experience_folder / f"{kind}-{number:08d}.rank-{self.ranks.rank}.rollouts"
+
+    def round(self, place: int, number: int, *, fresh: bool = True) -> RolloutFile:
+        """This process's file of a round of an update, the first of which is 0."""
+        return self.file(round_names(place + 1)[-1], number, fresh=fresh)
 
     def prune(self, updates: int) -> None:
         """Delete this process's responses that are no longer to be kept, now that so many updates are done."""
@@ -155,6 +184,11 @@ class Run:
             if match and int(match["rank"]) == self.ranks.rank:
                 found[path] = match["kind"], int(match["number"])
         return found
+
+
+def round_names(count: int) -> list[str]:
+    """The first of the names that the rounds of an update have in its folder."""
+    return ["update", *(f"round{place}" for place in range(1, count))]
 
 
 def _check_ids(file: RolloutFile, num_tokens: int, source: Path) -> None:

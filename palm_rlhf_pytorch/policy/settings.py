@@ -1,56 +1,53 @@
-"""PPO's settings: each described, checked, and with the reason of its default."""
+"""Settings of all trainers that learn from their own responses: each described, checked, with its default's reason.
+
+`ppo_settings` and `group_settings` add what one method needs.
+"""
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
-from palm_rlhf_pytorch.objectives.policy_gradient import adaptive_kl_coef
+from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.training.metrics import GLOSSARY
 from palm_rlhf_pytorch.typecheck import typecheck
 
+S = TypeVar("S", bound="PolicySettings")
 RENAMED = {"beta_s": "entropy_coef", "kl_div_loss_weight": "kl_coef", "lam": "gae_lambda"}  # what others call them
 
 
 @typecheck
 @dataclass(frozen=True, kw_only=True)
-class PPOSettings:
-    """The keywords RLHFTrainer takes beside models and prompts.
+class PolicySettings:
+    """The keywords that every such trainer takes beside models and prompts.
 
     Attributes:
         actor_lr: learning rate of the policy. 1e-4 suits adapters and dim 256 to 512; 3e-4 dim 128, 1e-3 dim 64,
             3e-6 a model of 1B parameters trained whole.
-        critic_lr: learning rate of the critic; one to three times the actor's.
         actor_wd: weight decay of the policy's matrices.
-        critic_wd: weight decay of the critic's.
         betas: Adam's decay rates; its paper's.
         adam_eps: Adam's epsilon; 1e-5 as in Ziegler et al. At 1e9 parameters it cuts updates markedly: then 1e-8.
         actor_lora: train the policy as a low-rank adapter on the frozen trunk; False trains a copy of the weights.
-        critic_lora: the same for the critic.
         actor_lora_r: rank of the policy's adapter.
-        critic_lora_r: rank of the critic's.
         actor_lora_alpha: its scale is alpha / r; None means r.
-        critic_lora_alpha: the same for the critic.
         actor_last_layers: train only so many layers, counted from the output; None all.
-        critic_last_layers: the same for the critic.
         actor_dropout: dropout of the policy's learning passes; above 0 the ratio starts off 1 by its noise, and
-            RLHFTrainer warns of it.
-        critic_dropout: dropout of the critic's learning passes.
-        max_norm: gradient norms of actor and critic are clipped to it, each apart; None for no clipping.
-        eps_clip: half-width of the ratio's trust region; 0.2 in the PPO paper.
-        dual_clip: bound on the ratio where the advantage is negative; None for none; 3 in Ye et al. 2019.
-        value_clip: how far a value counts as moved from the old one, in units of the normalised score; None for raw
-            scores.
-        gamma: discount per token; 1 as in all of RLHF.
-        gae_lambda: GAE's lambda; 0.95.
-        kl_coef: price of a nat of KL to the reference, in units of the normalised score; 0.05.
-        target_kl_nats_per_response: the KL an adaptive controller steers to; None keeps kl_coef fixed.
-        kl_horizon: episodes over which the controller acts; 10,000 cannot act in a run of a thousand.
+            the trainer warns of it.
+        max_norm: gradient norms are clipped to it, of actor and critic each apart; None for no clipping.
         entropy_coef: weight of an entropy bonus; 0 in RLHF.
-        missing_eos_penalty: subtracted from the normalised score of a response without EOS; without effect where
-            `eos_token` is None. 1.0; None for none.
+        kl_exact_coef: weight in the loss of the exact KL to the reference, over the whole vocabulary at each response
+            token; 0.
+        max_approx_kl: ends an update's learning after a step whose `policy/approx_kl` is above it, nats a token; None
+            for none; 0.01 to 0.05 where it is used.
+        ptx_coef: weight of a pretraining loss that is mixed into each step (https://arxiv.org/abs/2203.02155); needs
+            the trainer's `pretraining`. 0 for none.
+        top_k: sample from the k likeliest tokens alone, and learn the policy that does so: it, the old one and the
+            reference are each cut to their own likeliest. None, as in most of the literature: all tokens.
+        top_p: the same with the likeliest tokens that have this probability together.
+        missing_eos_penalty: subtracted from the score, as it is learnt from, of a response without EOS; without effect
+            where `eos_token` is None. None for none.
         missing_eos_score: replaces that score instead; None for none.
         normalize_scores: shift and scale scores to mean 0, deviation 1 over the first rollout.
         epochs: passes over each rollout; 4.
@@ -64,9 +61,7 @@ class PPOSettings:
         max_dropped: largest share of an update's responses that may go without a finite score; more stops training.
         max_skipped_steps: steps in a row with a loss or gradient norm that is not finite, after which training stops.
         judge_timeout: seconds that one call of the judge may take; None waits as long as it takes.
-        max_staleness: learn again from the responses of so many updates before, with importance weights; 0 as in PPO.
-        importance_cap: bound on these weights; 2.
-        keep_experience: updates whose responses stay on disk; at least as many as max_staleness needs do.
+        keep_experience: updates whose responses stay on disk.
         save_every: updates between two checkpoints of a run with a `run_dir`.
         save_every_steps: optimizer steps between two checkpoints inside an update; None for none.
         save_rollouts: write a checkpoint between scoring and learning too: where sampling takes longest.
@@ -75,34 +70,24 @@ class PPOSettings:
     """
 
     actor_lr: float = 1e-4
-    critic_lr: float = 2e-4
     actor_wd: float = 0.0
-    critic_wd: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-5
     actor_lora: bool = True
-    critic_lora: bool = True
     actor_lora_r: int = 8
-    critic_lora_r: int = 8
     actor_lora_alpha: float | None = None
-    critic_lora_alpha: float | None = None
     actor_last_layers: int | None = None
-    critic_last_layers: int | None = None
     actor_dropout: float = 0.0
-    critic_dropout: float = 0.0
     max_norm: float | None = 1.0
-    eps_clip: float = 0.2
-    dual_clip: float | None = None
-    value_clip: float | None = 0.2
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    kl_coef: float = 0.05
-    target_kl_nats_per_response: float | None = None
-    kl_horizon: int = 10_000
     entropy_coef: float = 0.0
-    missing_eos_penalty: float | None = 1.0
+    kl_exact_coef: float = 0.0
+    max_approx_kl: float | None = None
+    ptx_coef: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    missing_eos_penalty: float | None = None
     missing_eos_score: float | None = None
-    normalize_scores: bool = True
+    normalize_scores: bool = False
     epochs: int = 4
     minibatch_size: int = 16
     max_batch_size: int = 64
@@ -111,8 +96,6 @@ class PPOSettings:
     max_dropped: float = 0.1
     max_skipped_steps: int = 3
     judge_timeout: float | None = None
-    max_staleness: int = 0
-    importance_cap: float = 2.0
     keep_experience: int = 1
     save_every: int = 1
     save_every_steps: int | None = None
@@ -130,54 +113,35 @@ class PPOSettings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(number) for number in numbers if isinstance(number, int | float)):
                 raise ValueError(f"{name} ({value}) must be finite")
-        positive = (
-            "eps_clip",
-            "epochs",
-            "minibatch_size",
-            "max_batch_size",
-            "max_batch_tokens",
-            "kl_horizon",
-            "adam_eps",
-            "max_skipped_steps",
-            "importance_cap",
-            "keep_experience",
-            "save_every",
-            "keep_last",
-        )
-        optional = (
-            "max_norm",
-            "dual_clip",
-            "value_clip",
-            "target_kl_nats_per_response",
-            "judge_timeout",
-            "save_every_steps",
-        )
-        for name in positive + optional:
-            value = getattr(self, name)
-            if not (value is None and name in optional) and not value > 0:
-                raise ValueError(f"{name} ({value}) must be above 0" + (", or None" if name in optional else ""))
-        for name in (
-            "actor_lr",
-            "critic_lr",
-            "actor_wd",
-            "critic_wd",
-            "kl_coef",
-            "missing_eos_penalty",
-            "max_staleness",
-        ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
-        if self.eps_clip >= 1:
-            raise ValueError(f"eps_clip ({self.eps_clip}) must be below 1; 0.2 is usual")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip ({self.dual_clip}) must be above 1, or None; 3 is usual")
-        for name in ("gamma", "gae_lambda", "max_dropped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to 1")
-        if self.target_kl_nats_per_response is not None and self.kl_coef == 0:
-            raise ValueError("kl_coef (0) cannot be steered to target_kl_nats_per_response: start it above 0")
+        self.check_positive(
+            "epochs", "minibatch_size", "max_batch_size", "max_batch_tokens", "adam_eps", "max_skipped_steps",
+            "keep_experience", "save_every", "keep_last",
+        )  # fmt: skip
+        self.check_positive("max_norm", "judge_timeout", "save_every_steps", "max_approx_kl", optional=True)
+        self.check_least("actor_lr", "actor_wd", "missing_eos_penalty", "kl_exact_coef", "ptx_coef")
+        self.check_share("max_dropped")
+        check_sampling(temperature=1.0, top_k=self.top_k, top_p=self.top_p)
         if self.keep_best is not None and self.keep_best not in GLOSSARY:
             raise ValueError(f"keep_best ({self.keep_best!r}) names no metric; training/metrics.py lists them")
+
+    def check_positive(self, *names: str, optional: bool = False) -> None:
+        """Raise a ValueError unless these settings are above 0, or None where that is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if not (value is None and optional) and not value > 0:
+                raise ValueError(f"{name} ({value}) must be above 0" + (", or None" if optional else ""))
+
+    def check_least(self, *names: str) -> None:
+        """Raise a ValueError if one of these settings is below 0."""
+        for name in names:
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+
+    def check_share(self, *names: str) -> None:
+        """Raise a ValueError unless these settings are from 0 to 1."""
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to 1")
 
     def warn(self) -> None:
         """Warn of what is allowed but seldom meant."""
@@ -187,21 +151,23 @@ class PPOSettings:
                 " learning and off while sampling; PPO is usually run without",
                 stacklevel=3,
             )
-        if not self.normalize_scores and self.value_clip is not None:
-            warnings.warn(
-                f"value_clip ({self.value_clip}) is meant for normalised scores; with normalize_scores=False values"
-                " move by about so much an update, whatever the size of the scores: value_clip=None is usual then",
-                stacklevel=3,
-            )
+
+    def check_update(self, num_responses: int) -> None:
+        """Raise a ValueError if updates cannot have so many responses."""
+
+    @property
+    def first_kl_coef(self) -> float:
+        """Price of a nat of KL in the reward of the first update."""
+        raise NotImplementedError
 
     def next_kl_coef(self, kl_coef: float, kl: float, *, num_episodes: int) -> float:
-        """The coefficient after a rollout of num_episodes with kl nats a response; without a target the same."""
-        target = self.target_kl_nats_per_response
-        if target is None:
-            return kl_coef
-        return adaptive_kl_coef(
-            kl_coef, kl, target_kl_nats_per_response=target, num_episodes=num_episodes, horizon=self.kl_horizon
-        )
+        """The coefficient after a rollout of num_episodes with kl nats a response."""
+        return kl_coef
+
+    @property
+    def stale_updates(self) -> int:
+        """From how many earlier updates responses are learnt again."""
+        return 0
 
     def plain(self) -> dict[str, Any]:
         """All settings as JSON-able values."""
@@ -209,9 +175,17 @@ class PPOSettings:
 
     def model_arguments(self) -> dict[str, Any]:
         """The part that shapes the ActorCritic."""
+        own = self.hat_arguments("actor")
+        return own | {name: getattr(self, name) for name in ("activation_checkpointing", "top_k", "top_p")}
+
+    def hat_arguments(self, hat: str) -> dict[str, Any]:
+        """The part that shapes a hat."""
         names = ("lora", "lora_r", "lora_alpha", "last_layers", "dropout")
-        hats = {f"{hat}_{name}": getattr(self, f"{hat}_{name}") for hat in ("actor", "critic") for name in names}
-        return hats | {"activation_checkpointing": self.activation_checkpointing}
+        return {f"{hat}_{name}": getattr(self, f"{hat}_{name}") for name in names}
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """The part that the loss takes."""
+        return {"entropy_coef": self.entropy_coef, "kl_exact_coef": self.kl_exact_coef}
 
     def batch_limits(self) -> dict[str, int]:
         """The part that bounds a pass."""
@@ -219,36 +193,45 @@ class PPOSettings:
 
     def run_arguments(self) -> dict[str, Any]:
         """The part that says what stays on disk."""
-        keep = max(self.keep_experience, self.max_staleness)
+        keep = max(self.keep_experience, self.stale_updates)
         return {"keep_last": self.keep_last, "keep_best": self.keep_best, "keep_experience": keep}
 
     def doctor_arguments(self) -> dict[str, Any]:
         """The part that the doctor measures by."""
-        return {"eos_token": False, "target_kl": self.target_kl_nats_per_response, "max_norm": self.max_norm}
+        return {"eos_token": False, "target_kl": None, "max_norm": self.max_norm}
 
     def learner_arguments(self) -> dict[str, Any]:
         """The part that the Learner takes."""
         names = (
-            "actor_lr", "critic_lr", "actor_wd", "critic_wd", "betas", "adam_eps", "max_norm", "eps_clip", "dual_clip",
-            "value_clip", "entropy_coef", "epochs", "minibatch_size", "max_batch_size",
-            "max_batch_tokens", "max_skipped_steps",
+            "actor_lr", "actor_wd", "betas", "adam_eps", "max_norm", "epochs", "minibatch_size", "max_batch_size",
+            "max_batch_tokens", "max_skipped_steps", "max_approx_kl",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
-def settings_from(given: Mapping[str, Any]) -> PPOSettings:
-    """The settings that keywords of RLHFTrainer name, with warnings of what is seldom meant.
+def settings_from(kind: type[S], given: Mapping[str, Any], *, trainer: str) -> S:
+    """The settings that keywords of a trainer name, with warnings of what is seldom meant.
+
+    Args:
+        kind: of settings.
+        given: the keywords.
+        trainer: what took them, for messages.
 
     Raises:
         TypeError: if a keyword is unknown (with what it may have meant), or of the wrong type.
         ValueError: if a number is out of range.
     """
-    known = [field.name for field in fields(PPOSettings)]
-    for name in given:
-        if name not in known:
-            meant = RENAMED.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
-            hint = f"; did you mean {meant}?" if meant else "; palm_rlhf_pytorch/policy/settings.py lists all"
-            raise TypeError(f"RLHFTrainer has no argument {name!r}{hint}")
-    settings = PPOSettings(**given)
+    check_names([field.name for field in fields(kind)], given, trainer=trainer)
+    settings = kind(**given)
     settings.warn()
     return settings
+
+
+def check_names(known: Sequence[str], given: Mapping[str, Any], *, trainer: str) -> None:
+    """Raise a TypeError for a keyword that is not known, with what it may have meant."""
+    for name in given:
+        if name not in known:
+            meant = RENAMED.get(name)
+            meant = meant if meant in known else next(iter(get_close_matches(name, known, n=1)), None)
+            hint = f"; did you mean {meant}?" if meant else "; palm_rlhf_pytorch/policy/settings.py lists all"
+            raise TypeError(f"{trainer} has no argument {name!r}{hint}")

@@ -71,7 +71,8 @@ class Sharding:
             for layer in palm.layers:
                 layer.register_forward_hook(_no_view)
                 fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(twin.value_head, mesh=mesh, reshard_after_forward=reshard)  # float32, whatever the trunk is
+        if twin.value_head is not None:
+            fully_shard(twin.value_head, mesh=mesh, reshard_after_forward=reshard)  # float32, whatever the trunk is
         trained = twin.actor_parameters() | twin.critic_parameters()
         kinds = {str(weight.dtype) for name, weight in trained.items() if not name.startswith("value_head.")}
         if len(kinds) > 1:

@@ -4,9 +4,9 @@ Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantag
 Reads rows from memory or from disk alike, and holds no more of them than a pass needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from palm_rlhf_pytorch.objectives.advantage import gae, shaped_rewards
 from palm_rlhf_pytorch.policy.rollout import Rollout, Rows, row_batches
 from palm_rlhf_pytorch.tensors import Moments
+from palm_rlhf_pytorch.training.ranks import Ranks
 
 WHITENING_EPS = 1e-8  # as in openai/lm-human-preferences
 
@@ -59,7 +60,7 @@ class Source(Protocol):
     @property
     def scores(self) -> Tensor | None: ...  # noqa: D102
 
-    def spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> Sequence[tuple[int, int]]:
         """Tokens of prompt and response of each row."""
         ...
 
@@ -70,7 +71,7 @@ class Source(Protocol):
 
 @dataclass
 class Lesson:
-    """Rows to learn from, on the CPU, and what each response earns.
+    """Rows to learn from, on the CPU, and what each response earns; PPO's, and the base of other methods'.
 
     Attributes:
         source: the rows.
@@ -81,14 +82,18 @@ class Lesson:
         gae_lambda: weight of longer returns.
         version: how many updates the policy has had; rows sampled by an older one are weighted.
         importance_cap: bound on their importance weights.
+        whitens: whether advantages are whitened over all rows. values: whether there is a critic's to be looked at.
     """
+
+    whitens: ClassVar[bool] = True
+    values: ClassVar[bool] = True
 
     source: Source
     scores: Tensor
     counted: Tensor
     kl_coef: float
-    gamma: float
-    gae_lambda: float
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
     version: int = 0
     importance_cap: float = 2.0
 
@@ -106,15 +111,23 @@ class Lesson:
     def read(self, rows: Rows) -> tuple[Rollout, Targets]:
         """Some rows, and what they teach; advantages are whitened where `whitening` says by what."""
         rollout = self.source.select(rows)
-        targets = make_targets(
-            rollout, self.scores[rows.numbers], kl_coef=self.kl_coef, gamma=self.gamma, gae_lambda=self.gae_lambda
-        )
+        targets = self.targets(rollout, rows)
         if self.whitening is None:
             return rollout, targets
         scale = torch.rsqrt(self.whitening.var + WHITENING_EPS)
         advantages = ((targets.advantages - self.whitening.mean) * scale).to(targets.advantages.dtype)
         advantages = (advantages * self.importance(rollout)).masked_fill(~rollout.response_mask, 0.0)
         return rollout, targets._replace(advantages=advantages)
+
+    def targets(self, rollout: Rollout, rows: Rows) -> Targets:
+        """What some rows teach, before whitening."""
+        return make_targets(
+            rollout, self.scores[rows.numbers], kl_coef=self.kl_coef, gamma=self.gamma, gae_lambda=self.gae_lambda
+        )
+
+    def prepare(self, ranks: Ranks, *, max_tokens: int) -> dict[str, float]:
+        """Look at all rows, before they are read, for what a method must know of them; figures of that, as metrics."""
+        return {}
 
     @property
     def fresh(self) -> Tensor:

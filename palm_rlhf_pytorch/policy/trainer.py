@@ -28,14 +28,15 @@ from palm_rlhf_pytorch.policy.arguments import (
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.losses import Loss
 from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
 from palm_rlhf_pytorch.policy.preflight import Report, preflight
 from palm_rlhf_pytorch.policy.prompts import PromptBatch, one_prompt, padding_of, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
 from palm_rlhf_pytorch.policy.run import Flight, Run
 from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, counted_scores, judge_source
-from palm_rlhf_pytorch.policy.settings import PPOSettings
-from palm_rlhf_pytorch.policy.trainer_state import KIND, restore_state, state_of
+from palm_rlhf_pytorch.policy.settings import PolicySettings
+from palm_rlhf_pytorch.policy.trainer_state import restore_state, state_of
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -53,14 +54,30 @@ class PolicyTrainer:
         judge: Judge,
         *,
         held_out_judge: Judge | None,
-        settings: PPOSettings,
+        settings: PolicySettings,
+        loss: Loss,
+        critic: bool,
         prompts: Mapping[str, Any],
         seed: int,
         run_dir: str | Path | None,
         metrics_path: str | Path | None,
         accelerate_kwargs: Mapping[str, Any] | None,
     ) -> None:
-        """Check and place what was given; arguments as in `RLHFTrainer`, `prompts` being those of `prompts_from`."""
+        """Check and place what was given; arguments as in `RLHFTrainer`, `prompts` being those of `prompts_from`.
+
+        Args:
+            palm: see `RLHFTrainer`, as for what is not named here.
+            judge: its reward_model.
+            held_out_judge: likewise.
+            settings: of the method.
+            loss: that the learner takes its steps by.
+            critic: whether there is one.
+            prompts: what `prompts_from` takes.
+            seed: likewise.
+            run_dir: likewise.
+            metrics_path: likewise.
+            accelerate_kwargs: likewise.
+        """
         if seed < 0:
             raise ValueError(f"seed ({seed}) must be 0 or above")
         self.settings, self.seed = settings, seed
@@ -81,16 +98,23 @@ class PolicyTrainer:
         self.reward_model, self.held_out_judge, trunk = judge, held_out_judge, palm.share()
         modules = [each for each in judges if isinstance(each, nn.Module)]
         move_together(trunk, *modules, device=self.accelerator.device)  # a judge over the same palm keeps sharing it
-        self.actor_critic = ActorCritic(trunk, generator=self.generator("adapters"), **settings.model_arguments())
-        self.learner = Learner(self.actor_critic, self.accelerator, **settings.learner_arguments())
+        self.actor_critic = ActorCritic(
+            trunk, critic=critic, generator=self.generator("adapters"), **settings.model_arguments()
+        )
+        self.learner = Learner(self.actor_critic, self.accelerator, loss=loss, **settings.learner_arguments())
         self.normalizer = ScoreNormalizer()
         self.doctor = Doctor(**settings.doctor_arguments())
-        self.kl_coef = settings.kl_coef
+        self.kl_coef = settings.first_kl_coef
         self.rollouts = self.answers = self.episodes = self.updates = self.saves = 0
         self.call: Call | None = None
         self.flight: Flight | None = None
         self.stopped: str | None = None
         self.trunk_digest: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What its checkpoints are of."""
+        return type(self).__name__
 
     def preflight(
         self,
@@ -222,6 +246,10 @@ class PolicyTrainer:
         )  # fmt: skip
         return scores
 
+    def wants_more(self, flight: Flight) -> bool:
+        """Whether to sample another round of prompts before learning; all processes say the same."""
+        return False
+
     def held_out_scores(self, source: Rollout | Experience) -> Tensor | None:
         """The held-out judge's raw scores of all rows, (n,), on the CPU; None if there is no such judge."""
         return None if self.held_out_judge is None else self._judge(self.held_out_judge, source)
@@ -291,7 +319,7 @@ class PolicyTrainer:
 
         In a run of several processes all of them must call it.
         """
-        save_checkpoint(path, kind=KIND, step=self.updates, accelerator=self.accelerator, **state_of(self))
+        save_checkpoint(path, kind=self.kind, step=self.updates, accelerator=self.accelerator, **state_of(self))
 
     def load(self, path: str | Path) -> Self:
         """Go on where `save` was called, in a trainer of the same palm and settings; all is checked before any change.
@@ -300,7 +328,7 @@ class PolicyTrainer:
             FileNotFoundError: if there is nothing at path.
             ValueError: if it is no trainer's checkpoint, or that of another palm or other settings.
         """
-        restore_state(self, load_checkpoint(path, kind=KIND))
+        restore_state(self, load_checkpoint(path, kind=self.kind))
         return self
 
     def generator(self, purpose: str, *counts: int, cpu: bool = False) -> torch.Generator:

@@ -25,6 +25,7 @@ class FlightRecord:
     """What is kept of an update in hand; see `Flight`."""
 
     size: int
+    rounds: int
     max_batch_size: int
     refreshed: bool
     held_out: dict[str, float] | None
@@ -120,6 +121,7 @@ def _call(kept: Mapping[str, Any]) -> Call:
 def _flight(kept: Mapping[str, Any]) -> FlightRecord:
     flight = FlightRecord(**kept)
     _count(flight.size, "size", least=1)
+    _count(flight.rounds, "rounds", least=1)
     _count(flight.max_batch_size, "max_batch_size", least=1)
     if not isinstance(flight.refreshed, bool):
         raise ValueError(f"refreshed is {flight.refreshed!r}")

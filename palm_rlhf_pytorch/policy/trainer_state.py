@@ -23,9 +23,9 @@ from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.learning import Learner, Progress
 from palm_rlhf_pytorch.policy.prompts import Prompts
-from palm_rlhf_pytorch.policy.run import Flight, Run
+from palm_rlhf_pytorch.policy.run import Flight, Run, round_names
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
-from palm_rlhf_pytorch.policy.settings import PPOSettings
+from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.sharding import spread_like, whole_tensor
 from palm_rlhf_pytorch.policy.trainer_record import COUNTERS, FlightRecord, Record, read_record
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
@@ -33,7 +33,6 @@ from palm_rlhf_pytorch.training.random_states import random_states, set_random_s
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.tensor_file import check_state
 
-KIND = "RLHFTrainer"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 FREE = (  # settings that a run may go on without: the bits may differ, the run is the same
     "actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing", "judge_timeout",
@@ -43,7 +42,7 @@ FREE = (  # settings that a run may go on without: the bits may differ, the run 
 
 
 class Trainer(Protocol):
-    """What of a trainer is kept."""
+    """What of a trainer is kept; `kind` says of which."""
 
     accelerator: Accelerator
     ranks: Ranks
@@ -52,7 +51,7 @@ class Trainer(Protocol):
     normalizer: ScoreNormalizer
     doctor: Doctor
     prompts: Prompts
-    settings: PPOSettings
+    settings: PolicySettings
     run: Run
     call: Call | None
     flight: Flight | None
@@ -64,6 +63,9 @@ class Trainer(Protocol):
     saves: int
     kl_coef: float
     trunk_digest: str | None
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "flight": None if flight is None else _flight_state(trainer, flight),
         "random": trainer.ranks.gather_values(random_states()),
     }
-    kept = trainer.run.kept(trainer.updates, trainer.settings.max_staleness) if trainer.settings.max_staleness else []
+    kept = trainer.run.kept(trainer.updates, trainer.settings.stale_updates) if trainer.settings.stale_updates else []
     files = [path for file in kept for path in file.files()] + ([] if flight is None else flight.files)
     return {
         "values": values,
@@ -149,7 +151,9 @@ def _usable_flight(trainer: Trainer, record: Record, checkpoint: Checkpoint) -> 
     flight = record.flight
     if flight is None:
         return None
-    sampled = f"update-{record.counters['updates']:08d}.rank-{trainer.ranks.rank}.rollouts" in checkpoint.files
+    names = [trainer.run.path(kind, record.counters["updates"]).name for kind in round_names(flight.rounds)]
+    needed = names if flight.progress is not None else names[: max(1, len(names) - 1)]  # the last may be yet to begin
+    sampled = all(name in checkpoint.files for name in needed)
     if flight.progress is not None and not sampled:
         raise ValueError(f"{checkpoint.path} lacks the responses that are being learnt from; nothing was taken over")
     # by batches of another size other prompts would be answered
@@ -183,7 +187,12 @@ def _flight_state(trainer: Trainer, flight: Flight) -> dict[str, Any]:
     progress = None if flight.progress is None else flight.progress.state()
     return asdict(
         FlightRecord(
-            flight.size, trainer.settings.max_batch_size, flight.refreshed is not None, flight.held_out, progress
+            flight.size,
+            len(flight.rounds),
+            trainer.settings.max_batch_size,
+            flight.refreshed is not None,
+            flight.held_out,
+            progress,
         )
     )
 
@@ -193,7 +202,7 @@ def _restored_flight(trainer: Trainer, kept: FlightRecord) -> Flight:
     return Flight(
         trainer.prompts.taken,
         kept.size,
-        run.file("update", number, fresh=False),
+        [run.round(place, number, fresh=False) for place in range(kept.rounds)],
         run.file("refreshed", number, fresh=False) if kept.refreshed else None,
         None if kept.progress is None else Progress.restored(kept.progress, device=device),
         kept.held_out,

@@ -6,23 +6,23 @@ It is trained on ratings or on pairs, and knows no policy.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.objectives.preference import bradley_terry_loss
+from palm_rlhf_pytorch.objectives.preference import bins_loss, bradley_terry_loss, scalar_loss
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.reward.files import build_model, same_trunk, trunk_facts, unshare, with_normalization
 from palm_rlhf_pytorch.reward.settings import Settings, differences
-from palm_rlhf_pytorch.reward.texts import Texts, check_labels, checked_texts, join, same_prompt_lengths
-from palm_rlhf_pytorch.tensors import at_least_float32, masked_mean
-from palm_rlhf_pytorch.training.tensor_file import TensorFile, check_state, load_tensors, save_tensors
+from palm_rlhf_pytorch.reward.texts import Reading, Texts, check_labels, checked_texts, join, same_prompt_lengths
+from palm_rlhf_pytorch.tensors import RunningMoments, masked_mean
+from palm_rlhf_pytorch.training.tensor_file import load_tensors, save_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -31,11 +31,15 @@ class RewardModel(nn.Module):
 
     score = head(mean of the response tokens' features), with prompt and response embeddings added to the tokens'.
     With bins the head gives logits over c ratings, and the score is their expectation, never a draw unless asked for.
+    Scores are in the labels' unit until `normalize_scores`, whose shift and scale are saved with the model.
 
     With LoRA the trunk shares its frozen weights with the PaLM it was made from, which it leaves untouched; what is
     trained afterwards is the adapter, the two embeddings and the head. Whoever goes on to change that PaLM's own
     weights changes this trunk too: give a deepcopy of it to keep them apart.
     """
+
+    score_mean: Tensor
+    score_std: Tensor
 
     @typecheck
     def __init__(
@@ -80,6 +84,8 @@ class RewardModel(nn.Module):
         self.head = nn.Linear(palm.dim, max(num_binned_output, 1), dtype=torch.float32, device=device)
         nn.init.normal_(self.head.weight, std=(palm.dim + 1) ** -0.5)  # Stiennon et al., in their code
         nn.init.zeros_(self.head.bias)
+        self.register_buffer("score_mean", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("score_std", torch.ones((), dtype=torch.float32, device=device))
 
     @typecheck
     def forward(
@@ -119,7 +125,8 @@ class RewardModel(nn.Module):
             generator: random state of the draws, on the model's device.
 
         Returns:
-            Scores (b,) in float32, in the labels' unit, or a scalar loss.
+            Scores (b,) in float32, normalised once `normalize_scores` has been called; or a scalar loss, of scores in
+            the labels' unit.
 
         Raises:
             TypeError: if ids, lengths or labels have the wrong dtype, or a mask is not bool.
@@ -152,26 +159,62 @@ class RewardModel(nn.Module):
             return self._label_loss(self._outputs(texts), labels)
         outputs = self._outputs(texts)
         if not sample:
-            return self._scores(outputs)
+            return self._normalized(self._scores(outputs))
         drawn = torch.multinomial(outputs.softmax(dim=-1), 1, generator=generator)
-        return rearrange(drawn, "b 1 -> b").float() + self.settings.label_offset
+        return self._normalized(rearrange(drawn, "b 1 -> b") + self.settings.label_offset)
+
+    def read(
+        self, seq: Tensor, mask: Tensor | None = None, *, prompt_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Reading:  # fmt: skip
+        """Scores before they are normalised, whose differences are log-odds of preferences; see `forward`."""
+        outputs = self._outputs(self._reader()(seq, mask, prompt_mask, prompt_lengths))
+        return Reading(self._scores(outputs), outputs if self.settings.num_binned_output else None)
 
     def bin_logits(
-        self,
-        seq: Tensor,
-        mask: Tensor | None = None,
-        *,
-        prompt_mask: Tensor | None = None,
+        self, seq: Tensor, mask: Tensor | None = None, *, prompt_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Logits of the ratings, (b, c) in float32, for calibration; arguments as in `forward`.
 
         Raises:
             ValueError: if the head is scalar, or the arguments do not fit.
         """
-        if not self.settings.num_binned_output:
+        logits = self.read(seq, mask, prompt_mask=prompt_mask, prompt_lengths=prompt_lengths).logits
+        if logits is None:
             raise ValueError("bin_logits: this model has a scalar head; build it with num_binned_output")
-        return self._outputs(self._reader()(seq, mask, prompt_mask, prompt_lengths))
+        return logits
+
+    @torch.no_grad()
+    def normalize_scores(self, references: Iterable[Mapping[str, Any]]) -> Self:
+        """From now on scores have mean 0 and deviation 1 over these texts, whatever they were normalised by before.
+
+        Take responses of the policy's reference, so that a score of 0 is that of an average one; losses keep the
+        labels' unit. https://arxiv.org/abs/2009.01325, appendix C, and its code.
+
+        Args:
+            references: batches of `read`'s arguments by name.
+
+        Raises:
+            ValueError: if there are fewer than two texts, or their scores are not finite or all alike; nothing changes.
+        """
+        moments, training = RunningMoments(), self.training
+        self.eval()
+        try:
+            for batch in references:
+                scores = self.read(**batch).scores.cpu()
+                moments.add(scores, torch.ones_like(scores, dtype=torch.bool))
+        finally:
+            self.train(training)
+        count, mean, var = (float(moment) for moment in moments.compute())
+        if count < 2 or not 1e-6 * abs(mean) < var**0.5 < float("inf"):  # above what rounding alone gives
+            raise ValueError(
+                f"references: {count:.0f} texts have scores of mean {mean:.4g} and deviation {var**0.5:.4g}; they must"
+                " be at least two, and scores finite and not all alike: has the model learnt anything?"
+            )
+        self.score_mean.fill_(mean)
+        self.score_std.fill_(var**0.5)
+        return self
 
     def finetune_parameters(self) -> list[nn.Parameter]:
         """All that is trained, in a fixed order: adapter or whole trunk, the two embeddings, the head."""
@@ -207,10 +250,13 @@ class RewardModel(nn.Module):
         ratings = torch.arange(self.settings.num_binned_output, device=outputs.device) + self.settings.label_offset
         return outputs.softmax(dim=-1) @ ratings.float()
 
+    def _normalized(self, scores: Tensor) -> Tensor:
+        return (scores - self.score_mean) / self.score_std
+
     def _label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         if self.settings.num_binned_output:
-            return F.cross_entropy(outputs, labels.long() - self.settings.label_offset)
-        return F.mse_loss(self._scores(outputs), labels.float())
+            return bins_loss(outputs, labels.long() - self.settings.label_offset).loss
+        return scalar_loss(self._scores(outputs), labels.float()).loss
 
     def _pair_loss(self, chosen: Texts, rejected: Texts, margin: Tensor | float | None) -> Tensor:
         """Bradley-Terry, by one pass over both."""
@@ -247,9 +293,9 @@ class RewardModel(nn.Module):
         Warns:
             UserWarning: if the file's configuration differs from this model's; what differs is named.
         """
-        found = _build(load_tensors(path, kind="RewardModel"), path=path, config=self.config)
+        found = build_model(RewardModel, load_tensors(path, kind="RewardModel"), path=path, config=self.config)
         found.to(self.head.weight.device).train(self.training)
-        trunk = differences(_trunk_facts(self.palm), _trunk_facts(found.palm))
+        trunk = differences(trunk_facts(self.palm), trunk_facts(found.palm))
         differing = trunk + differences(asdict(self.settings), asdict(found.settings))
         if differing:
             unused = "; the PaLM given at construction is no longer used" if trunk else ""
@@ -269,33 +315,26 @@ class RewardModel(nn.Module):
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds no configuration, or does not fit it.
         """
-        return _build(load_tensors(path, kind="RewardModel"), path=path)
+        return build_model(cls, load_tensors(path, kind="RewardModel"), path=path)
 
     def _become(self, found: "RewardModel") -> None:
         """Take over another model, sharing the present trunk on where the other's is the same."""
-        mine, theirs = dict(self.named_parameters()), dict(found.named_parameters())
-        same_trunk = (
-            self.palm.config == found.palm.config
-            and self.settings.use_lora == found.settings.use_lora
-            and all(_identical(mine[name], theirs[name]) for name in theirs if name.startswith("palm."))
-        )
+        shared = self.settings.use_lora == found.settings.use_lora and same_trunk(self.palm, found.palm)
+        self.score_mean, self.score_std = found.score_mean, found.score_std
         if self.config == found.config:
-            for name, parameter in theirs.items():
-                if not (same_trunk and name.startswith("palm.")):
+            mine = dict(self.named_parameters())
+            for name, parameter in found.named_parameters():
+                if not (shared and name.startswith("palm.")):
                     mine[name].data = parameter.data  # not copy_: that would write into the PaLM given at construction
             return
-        self.palm = self.palm if same_trunk else found.palm
+        self.palm = self.palm if shared else found.palm
         self.adapter, self.head = found.adapter, found.head
         self.prompt_embed, self.response_embed = found.prompt_embed, found.response_embed
         self.settings = found.settings
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # load_state_dict copies in place; where the values differ, not into the PaLM that shares the trunk's storage
-        for name, parameter in self.palm.named_parameters():
-            given = state_dict.get(f"{prefix}palm.{name}")
-            shared = not (parameter.requires_grad or parameter.is_meta)
-            if shared and isinstance(given, Tensor) and not _identical(parameter, given):
-                parameter.data = parameter.data.clone()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        unshare(self.palm, state_dict, prefix)
+        state_dict.update(with_normalization(state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -309,37 +348,3 @@ class RewardModel(nn.Module):
             for child in self.children():
                 child._apply(fn if child is self.palm else keep_float32)
         return super()._apply(keep_float32, recurse=False)
-
-
-def _build(checkpoint: TensorFile, *, path: str | Path, config: Mapping[str, Any] | None = None) -> RewardModel:
-    """The reward model of a checkpoint, on the CPU; `config` stands in for one that the file lacks."""
-    config = checkpoint.config if checkpoint.kind is not None else config
-    if config is None:
-        raise ValueError(f"{path} holds no configuration; build the RewardModel yourself, then load(path)")
-    settings = dict(config)
-    trunk = settings.pop("palm", None)
-    if not isinstance(trunk, dict):
-        raise ValueError(f"{path} is damaged: its configuration lacks that of the trunk, 'palm'")
-    try:
-        with torch.device("meta"):  # no memory, no random numbers: the tensors of the file take the place of all
-            model = RewardModel(PaLM(**trunk), **settings)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} holds a configuration that builds no reward model: {error}") from error
-    check_state(model.state_dict(), checkpoint.tensors, path=path)
-    odd = [name for name, tensor in checkpoint.tensors.items() if not tensor.is_floating_point()]
-    if odd:
-        raise ValueError(f"{path} is damaged: {odd[0]} holds {checkpoint.tensors[odd[0]].dtype}, not weights")
-    tensors = {
-        name: tensor if name.startswith("palm.") else at_least_float32(tensor)
-        for name, tensor in checkpoint.tensors.items()
-    }
-    model.load_state_dict(tensors, assign=True)
-    return model
-
-
-def _trunk_facts(palm: PaLM) -> dict[str, Any]:
-    return palm.config | {"dtype": palm.token_emb.weight.dtype}
-
-
-def _identical(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first, second.to(first.device))

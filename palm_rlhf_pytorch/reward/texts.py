@@ -25,6 +25,13 @@ class Texts(NamedTuple):
     pooled: Tensor
 
 
+class Reading(NamedTuple):
+    """What a judge's head says of texts in the labels' unit: `scores` (b,); with bins the ratings' `logits` (b, c)."""
+
+    scores: Tensor
+    logits: Tensor | None
+
+
 def checked_texts(
     seq: Tensor,
     mask: Tensor | None,

@@ -1,14 +1,23 @@
-"""Files of text and what is drawn from them: token stream, texts, prompts.
+"""Files of text and what is drawn from them: token stream, texts, prompts, what people judged.
 
 It knows no model and no loss. All randomness comes from a seed; the order of prompts is the policy's to choose.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from palm_rlhf_pytorch.text.columns import read_columns
+from palm_rlhf_pytorch.text.dialogues import FieldError
+from palm_rlhf_pytorch.text.records import Label, Rating
+from palm_rlhf_pytorch.text.rows import Row, check_table, read_rows
 
 
 class TokenStream:
@@ -78,6 +87,171 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
+
+
+class BadRecord(NamedTuple):
+    """A record that could not be read: its file ("" for none), its line counted from 1, the field, and why."""
+
+    file: str
+    line: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}, line {self.line}" if self.file else f"record {self.line}"
+        return f"{place}: {self.field} {self.reason}" if self.field else f"{place}: {self.reason}"
+
+
+def stop_at_bad_record(bad: BadRecord) -> NoReturn:
+    """Raise a ValueError that names file, line and field; for `on_bad_record`."""
+    raise ValueError(f"{bad}; mend it, or leave such records out and count them (on_bad_record=skip_bad_record)")
+
+
+def skip_bad_record(bad: BadRecord) -> None:
+    """Leave the record out; `Labels.bad` lists it all the same. For `on_bad_record`."""
+
+
+@dataclass
+class Labels:
+    """What was read, and what happened to the rest.
+
+    Args:
+        records: the labels, in the order of their rows.
+        bad: the records left out.
+        rows: how many rows were read, bad ones included.
+        counts: how many rows are worth knowing about, by what is special about them ("ties").
+        unread: columns that nothing was read from, and in how many rows they stand.
+    """
+
+    records: list[Label] = field(default_factory=list)
+    bad: list[BadRecord] = field(default_factory=list)
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """The counts in words, a line each; no text of a record is shown."""
+        kinds = Counter(type(record).__name__.lower() for record in self.records)
+        listed = ", ".join(f"{number:,} {kind}{'s' * (number != 1)}" for kind, number in sorted(kinds.items()))
+        lines = [f"{self.rows:,} rows: {listed or 'no label'}, {len(self.bad):,} bad"]
+        lines += [f"  {number:,} {name}" for name, number in sorted(self.counts.items()) if number]
+        for name in ("annotator", "group"):
+            values = {getattr(record, name) for record in self.records} - {None}
+            lines += [f"  {len(values):,} {name}s"] if values else []
+        ratings = [record.value for record in self.records if isinstance(record, Rating)]
+        if ratings:
+            whole = "whole numbers" if all(value == int(value) for value in ratings) else "numbers"
+            lines.append(f"  ratings are {whole} from {min(ratings):g} to {max(ratings):g}")
+        if self.unread:
+            lines.append(f"  columns not read: {', '.join(sorted(self.unread))}")
+        lines += [f"  bad: {bad}" for bad in self.bad[:5]]
+        return "\n".join(lines + ([f"  and {len(self.bad) - 5:,} bad ones more"] if len(self.bad) > 5 else []))
+
+
+def read_labels(
+    source: str | Path | Iterable[str | Path | Mapping[str, object]],
+    *,
+    on_bad_record: Callable[[BadRecord], None] = stop_at_bad_record,
+    columns: Mapping[str, str | None] | None = None,
+    bins: Callable[[float], float] | None = None,
+) -> Labels:
+    """What people judged, from files or rows; text/columns.py says which columns make which kind of label.
+
+    Args:
+        source: a path, several, or rows (mappings of columns, such as a Hugging Face dataset). Files are JSON lines,
+            a JSON array, CSV or TSV with a header, in UTF-8, plain or .gz, as their names end.
+        on_bad_record: is told of each record that cannot be read, and may raise. `stop_at_bad_record` does,
+            `skip_bad_record` does not; `Labels.bad` lists them in either case.
+        columns: new names of columns, {"sentence": "text"}; None leaves a column out.
+        bins: changes the value of each rating (`whole_bins(1, 5)`: 1 to 5 become bins 0 to 4); None leaves them.
+
+    Raises:
+        TypeError: if source is a single row or a dictionary of splits, or holds something else than rows and paths.
+        FileNotFoundError, ValueError: if a file is missing, of no known kind, or not one label can be read.
+    """
+    if isinstance(source, Mapping):
+        raise TypeError("source is a mapping: give a list of rows, or one split of a dataset")
+    labels = Labels()
+    for file, row in _source_rows(source):
+        labels.rows += 1
+        try:
+            if isinstance(row.columns, FieldError):
+                raise row.columns
+            read = read_columns(_renamed(row.columns, columns or {}), line=row.line if file else 0, bins=bins)
+        except FieldError as error:
+            bad = BadRecord(file, row.line, error.field, error.reason)
+            labels.bad.append(bad)
+            on_bad_record(bad)
+            continue
+        labels.records += read.labels
+        labels.counts.update(read.notes)
+        labels.unread.update(read.unread)
+    if not labels.records:
+        first = f"; the first of {len(labels.bad):,} bad records: {labels.bad[0]}" if labels.bad else ""
+        raise ValueError(f"source holds no label{first}")
+    return labels
+
+
+def split_by_group(records: Sequence[Label], *, held_out: float, seed: int = 0) -> tuple[list[Label], list[Label]]:
+    """Records to train on, and records held out, with no group on both sides.
+
+    A record without a group goes by its prompt (of two prompts, the first in the alphabet), and one without either
+    by its responses. Where a group goes depends on its name and the seed alone, so that added data moves no record.
+
+    Args:
+        records: of any kind.
+        held_out: share of the groups to hold out, about; in (0, 1).
+        seed: another one holds out other groups.
+
+    Raises:
+        ValueError: if held_out is not between 0 and 1, or one side stays empty.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out ({held_out}) must be above 0 and below 1")
+    sides: tuple[list[Label], list[Label]] = ([], [])
+    for record in records:
+        digest = hashlib.blake2b(f"{seed}\n{_group(record)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        sides[int.from_bytes(digest) < held_out * 2**64].append(record)
+    if not all(sides):
+        groups = len({_group(record) for record in records})
+        raise ValueError(f"held_out ({held_out}) leaves a side of {groups} groups empty; try another seed or more data")
+    return sides
+
+
+def _group(record: Label) -> str:
+    if record.group is not None:
+        return f"group\n{record.group}"
+    prompt = min(text.prompt for text in record.texts)
+    return f"prompt\n{prompt}" if prompt else "\n".join(["text", *sorted(text.response for text in record.texts)])
+
+
+def _source_rows(source: str | Path | Iterable[str | Path | Mapping[str, object]]) -> Iterator[tuple[str, Row]]:
+    """Rows and the names of their files; all files are looked at before the first is read."""
+    items = [source] if isinstance(source, str | Path) else source
+    paths = [Path(item) for item in items if isinstance(item, str | Path)] if isinstance(items, Sequence) else []
+    for path in paths:
+        check_table(path)
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, str | Path):
+            check_table(Path(item))
+            yield from ((str(item), row) for row in read_rows(Path(item)))
+        elif isinstance(item, Mapping):
+            yield "", Row(number, item)
+        else:
+            raise TypeError(f"source holds a {type(item).__name__}; give paths, or rows that map columns to values")
+
+
+def _renamed(row: Mapping[str, object], columns: Mapping[str, str | None]) -> Mapping[str, object]:
+    if not columns:
+        return row
+    renamed: dict[str, object] = {}
+    for name, value in row.items():
+        new = columns.get(name, name)
+        if new in renamed:
+            raise FieldError(new, "is the name of two columns after columns= has renamed them")
+        if new is not None:
+            renamed[new] = value
+    return renamed
 
 
 def _read_text(path: Path) -> str:

@@ -37,6 +37,7 @@ def fit(
     accelerator: Accelerator | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
+    stop: Callable[[int, Mapping[str, float]], bool] | None = None,
     metrics: MetricsLog | None = None,
     progress: bool = True,
     description: str = "train",
@@ -64,6 +65,8 @@ def fit(
         accelerator: places the model and the batches, averages over processes, chooses precision; None: stay put.
         evaluate: called in eval mode without gradients, on every process; gives `eval/...` metrics.
         eval_every: evaluate every so many steps; the last step always does.
+        stop: called as stop(step, metrics) after each evaluation, whether to end the call there; in several processes
+            the answer must be the same. A call that resumes from an evaluated step asks it about that one first.
         metrics: gets every step's `train/...` metrics.
         progress: show a bar on stderr (main process only).
         description: its label.
@@ -100,7 +103,8 @@ def fit(
         done = keeper.resumed(source, metrics)
         latest |= keeper.metrics
         bar.update(done)
-        for step in range(done + 1, num_steps + 1):
+        ended = stop is not None and _to_evaluate(done, num_steps, eval_every) and stop(done, keeper.metrics)
+        for step in range(done + 1, 0 if ended else num_steps + 1):
             started, place = time.perf_counter(), f"step {step} of {num_steps}"
             factor = warmup_cosine(step, num_steps, warmup_steps=warmup_steps)
             scale_learning_rates(optimizer, factor)
@@ -111,14 +115,15 @@ def fit(
             line["train/skipped_steps"] = float(keeper.skips.total)
             if num_tokens:
                 line["train/tokens_per_second"] = num_tokens / (time.perf_counter() - started)
-            if evaluate is not None and (step == num_steps or (eval_every is not None and step % eval_every == 0)):
+            if evaluate is not None and _to_evaluate(step, num_steps, eval_every):
                 line |= _evaluated(model, evaluate)
             if metrics is not None:
                 metrics.log(line, step)
             latest |= line
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
-            if keeper.ended(step, line):
+            ended = stop is not None and _to_evaluate(step, num_steps, eval_every) and stop(step, line)
+            if keeper.ended(step, line) or ended:
                 break
     return latest
 
@@ -179,6 +184,10 @@ def _step(
             f"the {broken} is {figures[broken]} at {place}, the {skips.in_a_row}. step in a row that is not finite; the"
             " weights are those of the last good step: lower lr, or look at the batches"
         )
+
+
+def _to_evaluate(step: int, num_steps: int, eval_every: int | None) -> bool:
+    return step == num_steps or (eval_every is not None and step > 0 and step % eval_every == 0)
 
 
 def _evaluated(model: nn.Module, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:

@@ -23,9 +23,10 @@ from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.diagnostics import lesson_from
 from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
 from palm_rlhf_pytorch.policy.learning import Learner, Progress
+from palm_rlhf_pytorch.policy.losses import PPOLoss
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
-from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.training.ranks import Ranks
 from tests.benchmarks.harness import Bench, Case, main
 from tests.benchmarks.report import Row, Work, counted_rows, timed_rows
@@ -101,7 +102,9 @@ def _learn(experience: Experience, generator: torch.Generator) -> tuple[float, f
     settings = PPOSettings(epochs=1, minibatch_size=64)
     accelerator = Accelerator(cpu=True)
     palm = PaLM(num_tokens=NUM_TOKENS, dim=8, depth=1, heads=1, dim_head=8)
-    learner = Learner(ActorCritic(palm), accelerator, **settings.learner_arguments())
+    learner = Learner(
+        ActorCritic(palm), accelerator, loss=PPOLoss(**settings.loss_arguments()), **settings.learner_arguments()
+    )
     for file in experience.files:
         file.set_scores(torch.randn(len(file), generator=generator))
     start, peak = time.perf_counter(), 0.0

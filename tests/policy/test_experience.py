@@ -71,7 +71,7 @@ def test_rows_come_back_as_from_memory(tmp_path: Path, scored: bool, layout: lis
             assert_same(file.select(torch.arange(len(file) - rows, len(file))), part)
             first += rows
     source = Experience([RolloutFile(file.path) if reopened else file for file in files])
-    assert len(source) == 7 and source.spans() == rollout.spans() == SPANS
+    assert len(source) == 7 and list(source.spans()) == rollout.spans() == SPANS
     for name in ("ended", "prompt_rows", "versions", "eos_token"):
         assert_same(rollout._replace(**{name: getattr(source, name)}), rollout)
     assert (source.scores is None) if not scored else torch.equal(source.scores, rollout.scores)

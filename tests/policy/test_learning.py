@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.diagnostics import survey
 from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.losses import PPOLoss
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
-from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.policy.targets import Lesson, Targets
 from palm_rlhf_pytorch.tensors import pad_ragged
 from tests.policy.helpers import GivenLesson, every_row, one_process, seeded_by
@@ -20,7 +21,9 @@ PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5]
 
 def make_learner(actor_critic, **options):
     settings = PPOSettings(**{"actor_lr": 1e-2, "critic_lr": 1e-2, "minibatch_size": 8, "epochs": 1, **options})
-    return Learner(actor_critic, Accelerator(cpu=True), **settings.learner_arguments())
+    return Learner(
+        actor_critic, Accelerator(cpu=True), loss=PPOLoss(**settings.loss_arguments()), **settings.learner_arguments()
+    )
 
 
 def experience(actor_critic, *, budget=5, seed=0):

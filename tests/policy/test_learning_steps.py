@@ -8,8 +8,9 @@ from accelerate import Accelerator
 
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.learning import Learner, Progress
+from palm_rlhf_pytorch.policy.losses import PPOLoss
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
 from palm_rlhf_pytorch.policy.rollout import Prompting, collect_rollout
-from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.policy.targets import make_targets
 from palm_rlhf_pytorch.tensors import pad_ragged
 from tests.policy.helpers import CPU, GivenLesson, seeded_by
@@ -24,7 +25,12 @@ def make_update(make_palm, move):
     def make(dropout=0.0, **options):
         actor_critic = move(ActorCritic(make_palm(), actor_dropout=dropout, critic_dropout=dropout))
         settings = PPOSettings(actor_lr=1e-2, critic_lr=1e-2, minibatch_size=2, **{"epochs": 2, **options})
-        learner = Learner(actor_critic, Accelerator(cpu=True), **settings.learner_arguments())
+        learner = Learner(
+            actor_critic,
+            Accelerator(cpu=True),
+            loss=PPOLoss(**settings.loss_arguments()),
+            **settings.learner_arguments(),
+        )
         prompts, mask = pad_ragged(PROMPTS)
         prompting = Prompting(prompts, mask, torch.arange(8) + 30, torch.arange(8) % 5 + 1, 1.0, 7)
         generator = torch.Generator().manual_seed(0)

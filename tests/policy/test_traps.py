@@ -11,8 +11,9 @@ from palm_rlhf_pytorch.policy import ppo
 from palm_rlhf_pytorch.policy import trainer as trainers
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.losses import PPOLoss
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.policy.settings import PPOSettings
 from palm_rlhf_pytorch.policy.targets import Targets
 from palm_rlhf_pytorch.reward.model import RewardModel
 from tests.policy.helpers import GivenLesson, seeded_by
@@ -92,8 +93,9 @@ def losses(actor_critic: ActorCritic, *, ratio: float, moved: float, advantage: 
     old = rollout._replace(logprobs=rollout.logprobs - math.log(ratio), values=rollout.values - moved)
     zeros = torch.zeros(1, 1)
     targets = Targets(zeros, zeros, zeros + advantage, rollout.values + gain)
-    arguments = PPOSettings(actor_lr=0.0, critic_lr=0.0, epochs=1, **settings).learner_arguments()
-    learner = Learner(actor_critic, Accelerator(cpu=True), **arguments)
+    chosen = PPOSettings(actor_lr=0.0, critic_lr=0.0, epochs=1, **settings)
+    loss = PPOLoss(**chosen.loss_arguments())
+    learner = Learner(actor_critic, Accelerator(cpu=True), loss=loss, **chosen.learner_arguments())
     return learner.update(GivenLesson(old, targets), random=seeded_by(0))
 
 

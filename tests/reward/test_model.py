@@ -297,3 +297,47 @@ def test_scoring_leaves_mode_and_random_state_alone():
     with torch.no_grad():
         model(ids(2, 5))
     assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+# normalised scores
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_binned_output": 5, "label_offset": 1}])
+def test_normalised_scores_have_mean_0_and_deviation_1_over_the_references(settings):
+    model = judge(**settings).train()
+    lengths = torch.tensor([2, 0, 1])
+    parts = [{"seq": ids(3, 6), "prompt_lengths": lengths}, {"seq": ids(4, 9, seed=2)}]
+    raw = torch.cat([model.read(**part).scores for part in parts])
+    assert torch.equal(torch.cat([model(**part) for part in parts]), raw)
+    label = torch.tensor([1, 3, 2]) if settings else torch.tensor([0.5, 1.0, -1.0])
+    losses = [model(parts[0]["seq"], labels=label), model(parts[0]["seq"], rejected=ids(3, 4))]
+    for _ in range(2):  # the second time from normalised scores
+        assert model.normalize_scores(parts) is model and model.training
+        found = torch.cat([model(**part) for part in parts])
+        torch.testing.assert_close(found, (raw - raw.mean()) / raw.std(correction=0), rtol=0, atol=1e-3)
+    after = [model(parts[0]["seq"], labels=label), model(parts[0]["seq"], rejected=ids(3, 4))]
+    assert torch.equal(torch.stack(losses), torch.stack(after))
+    assert torch.equal(torch.cat([model.read(**part).scores for part in parts]), raw)
+
+
+def test_scores_that_cannot_be_normalised_are_refused_and_nothing_changes():
+    model = judge()
+    before = bits(model)
+    same = ids(1, 5).expand(4, 5)
+    for references in ([], [{"seq": ids(1, 5)}], [{"seq": same}]):
+        with pytest.raises(ValueError, match="at least two, and scores finite and not all alike"):
+            model.normalize_scores(references)
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="mean nan"):
+        model.normalize_scores([{"seq": ids(4, 5)}])
+    model.load_state_dict(before)
+    assert same_bits(bits(model), before)
+
+
+def test_drawn_ratings_are_normalised_like_scores():
+    model = judge(num_binned_output=3)
+    drawn = model(ids(5, 4), sample=True, generator=torch.Generator().manual_seed(0))
+    model.normalize_scores([{"seq": ids(5, 4)}])
+    again = model(ids(5, 4), sample=True, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again, (drawn - model.score_mean) / model.score_std, rtol=0, atol=1e-4)

@@ -7,6 +7,7 @@ import torch
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward import RewardModel
+from palm_rlhf_pytorch.training.tensor_file import save_tensors
 
 VOCAB = 13
 
@@ -245,3 +246,48 @@ def test_one_move_takes_all_to_the_device_and_files_come_back(tmp_path):
     assert torch.allclose(scores(RewardModel.from_checkpoint(tmp_path / "model.pt").eval()), expected, atol=1e-5)
     loaded = RewardModel(small_palm(seed=3).to("cuda"), num_binned_output=5).load(tmp_path / "model.pt")
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cuda"}
+
+
+# the shift and scale of normalised scores
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("settings", [{}, {"num_binned_output": 5}])
+def test_normalisation_is_saved_and_loaded(tmp_path, suffix, settings):
+    path = tmp_path / f"model.{suffix}"
+    model = trained(small_palm()).normalize_scores([{"seq": ids(7)}])
+    model.save(path)
+    assert torch.equal(scores(RewardModel.from_checkpoint(path)), scores(model))
+    other = trained(small_palm(seed=5), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another configuration
+        other.load(path)
+    assert torch.equal(scores(other), scores(model))
+    plain = trained(small_palm())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(scores(plain), scores(model))
+    other.normalize_scores([{"seq": ids(3)}])
+    assert not torch.equal(scores(other), scores(model)) and torch.equal(scores(plain), scores(model))
+
+
+def test_files_from_before_there_was_a_normalisation_load_with_none(tmp_path):
+    path = tmp_path / "old.pt"
+    model = trained(small_palm())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("score_")}
+    assert len(tensors) == len(model.state_dict()) - 2
+    save_tensors(path, tensors, kind="RewardModel", config=model.config)
+    first, second, third = RewardModel.from_checkpoint(path), trained(small_palm(seed=5)), trained(small_palm(seed=6))
+    second.normalize_scores([{"seq": ids(7)}]).load(path)
+    third.normalize_scores([{"seq": ids(7)}]).load_state_dict(tensors)
+    for found in (first, second, third):
+        assert torch.equal(scores(found), scores(model))
+    first.normalize_scores([{"seq": ids(7)}])
+    assert torch.equal(scores(RewardModel.from_checkpoint(path)), scores(model))  # two models, two normalisations
+
+
+def test_a_scale_that_divides_by_nothing_is_refused(tmp_path):
+    model = trained(small_palm())
+    model.score_std.fill_(0.0)
+    model.save(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="score_std"):
+        RewardModel.from_checkpoint(tmp_path / "model.pt")

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,30 @@ def test_a_run_told_to_stop_goes_on_to_the_same_bits(tmp_path: Path, signal_at: 
         assert torch.equal(ours, theirs)
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("told", "alone"))
     assert [line["train/loss"] for line in ours] == [line["train/loss"] for line in theirs] and len(ours) == STEPS
+
+
+@pytest.mark.parametrize("signal_at", [3, 7, 11])  # in steps 2, 4 and 6, of which the last is the one to stop at
+def test_a_run_that_stops_by_itself_stops_at_the_same_step_when_gone_on_with(tmp_path: Path, signal_at: int) -> None:
+    asked: list[int] = []
+
+    def stop(step: int, metrics: Mapping[str, float]) -> bool:
+        assert metrics["eval/loss"] == 0.5
+        asked.append(step)
+        return step >= 6
+
+    options = {"evaluate": lambda: {"eval/loss": 0.5}, "eval_every": 2, "stop": stop}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        expected, _ = run(tmp_path / "alone", Noisy(), **options)
+        assert asked == [2, 4, 6]
+        torch.manual_seed(1)
+        run(tmp_path / "told", Noisy(signal_at=signal_at), **options)
+        asked.clear()
+        found, _ = run(tmp_path / "told", Noisy(), resume=True, **options)
+    assert asked == list(range(-(-signal_at // 2), 7, 2))
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(read_metrics(tmp_path / "told" / "metrics.jsonl")) == 6
 
 
 def test_what_was_done_since_the_last_checkpoint_is_done_again_and_logged_once(tmp_path: Path) -> None:

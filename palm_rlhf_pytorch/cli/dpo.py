@@ -1,0 +1,208 @@
+"""`palm-rlhf dpo`: improve a byte-level PaLM straight from preferences, without a reward model and without sampling."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.objectives.direct import (
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    length_normalised_dpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+    with_nll,
+)
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.direct import DirectTrainer
+from palm_rlhf_pytorch.policy.direct_settings import DirectSettings
+from palm_rlhf_pytorch.policy.dpo import DPOTrainer
+from palm_rlhf_pytorch.policy.kto import KTOTrainer
+from palm_rlhf_pytorch.policy.preflight import PreflightError
+from palm_rlhf_pytorch.text.datasets import read_labels, skip_bad_record, split_by_group, stop_at_bad_record
+from palm_rlhf_pytorch.text.records import Label
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.training.atomic import check_target
+from palm_rlhf_pytorch.training.checkpoint import Checkpoints
+
+TOKENIZER = ByteTokenizer()
+DEFAULTS = DirectSettings()
+IMPROVED = "improved_palm.pt"
+# each takes --beta under the name `beta`, and says in its own defaults what suits it
+LOSSES: dict[str, Callable[..., Any]] = {
+    "dpo": dpo_loss,
+    "cdpo": partial(dpo_loss, label_smoothing=0.1),
+    "robust": robust_dpo_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "length-normalised": length_normalised_dpo_loss,
+    "simpo": simpo_loss,
+}
+KTO = "kto"
+FLIPPED = {"cdpo": "label_smoothing", "robust": "flip_rate"}  # what --flip-rate is called
+BAD_RECORDS = {"stop": stop_at_bad_record, "skip": skip_bad_record}
+HEADLINE = (("loss", "eval/loss"), ("accuracy", "eval/accuracy"), ("margin of rewards", "eval/margin"))
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "dpo",
+        help="improve a model straight from preferences",
+        description=(
+            "Improve a byte-level PaLM straight from pairs (or votes) in files: DPO and its kin. What a run needs to go"
+            f" on stands in its folder; at the end so does the improved model, {IMPROVED}. Ctrl-C and SIGTERM save"
+            " before they stop."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("palm", metavar="PALM", help="file of the model, as `palm-rlhf pretrain` saves it")
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="FILE", default=argparse.SUPPRESS,
+        help="JSON lines, a JSON array, CSV or TSV, plain or .gz: prompt/chosen/rejected and the like",
+    )  # fmt: skip
+    parser.add_argument("--run-dir", type=Path, default=Path("palm-run"), metavar="DIR", help="folder of the run")
+    _add_loss_arguments(parser.add_argument_group("loss"))
+    _add_learning_arguments(parser.add_argument_group("learning"))
+    parser.add_argument(
+        "--on-bad-record", choices=sorted(BAD_RECORDS), default="stop", help="what becomes of records that do not read"
+    )
+    for option, meaning in (
+        ("--resume", "go on with the run that --run-dir holds; begin one if it holds none"),
+        ("--no-preflight", "leave out the checks before the first step"),
+    ):
+        parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=meaning)  # shows no default
+    add_device_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_loss_arguments(loss: "argparse._ArgumentGroup") -> None:
+    loss.add_argument("--loss", choices=[*LOSSES, KTO], default="dpo", help="what is minimised; kto learns from votes")
+    hidden: dict[str, Any] = {"type": float, "default": argparse.SUPPRESS}
+    loss.add_argument(
+        "--beta", metavar="BETA", help="price of straying; by default 0.1, length-normalised 5, simpo 2", **hidden
+    )
+    loss.add_argument("--gamma", metavar="GAMMA", help="simpo's margin; by default 1", **hidden)
+    loss.add_argument("--flip-rate", metavar="E", help="share of wrong labels in cdpo and robust; 0.1", **hidden)
+    loss.add_argument("--nll", type=float, default=0.0, metavar="COEF", help="weight of the preferred texts' own loss")
+
+
+def _add_learning_arguments(learning: "argparse._ArgumentGroup") -> None:
+    learning.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over all records")
+    learning.add_argument(
+        "--lr", type=float, default=DEFAULTS.lr, metavar="LR",
+        help="peak learning rate; 1e-3 suits dim 64, 3e-4 dim 128, 1e-4 dim 512",
+    )  # fmt: skip
+    learning.add_argument("--lora-r", type=int, default=DEFAULTS.lora_r, metavar="R", help="rank of the adapter")
+    learning.add_argument(
+        "--minibatch-size", type=int, default=DEFAULTS.minibatch_size, metavar="N", help="records in an optimizer step"
+    )
+    learning.add_argument(
+        "--max-batch-tokens", type=int, default=DEFAULTS.max_batch_tokens, metavar="N", help="bytes in one pass"
+    )
+    learning.add_argument("--max-length", type=int, default=1024, metavar="N", help="bytes of prompt and response")
+    learning.add_argument(
+        "--held-out", type=float, default=0.1, metavar="SHARE", help="share of the groups that is only looked at"
+    )
+    learning.add_argument(
+        "--save-every", type=int, default=DEFAULTS.save_every, metavar="N", help="steps between two checkpoints"
+    )
+    learning.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, save, say what changed; 2 if a check before the run fails, once it is said which and why.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not what it should be, the folder holds a run already, an option is out of range, or
+            training had to stop.
+    """
+    out, resume = args.run_dir / IMPROVED, hasattr(args, "resume")
+    check_target(out)
+    if not resume and Checkpoints(args.run_dir / "checkpoints").steps():
+        raise ValueError(f"--run-dir {args.run_dir} holds a run already: --resume goes on with it; or name another")
+    labels = read_labels(args.data, on_bad_record=BAD_RECORDS[args.on_bad_record])
+    train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
+    trainer = trainer_of(args, train, held_out)
+    say = trainer.accelerator.print
+    say(labels.summary())
+    say(f"{len(train):,} records to learn from, {len(held_out):,} held out; {trainer.cuts}")
+    before = trainer.evaluate()
+    try:
+        trainer.train(args.epochs, resume="auto" if resume else None, preflight=not hasattr(args, "no_preflight"))
+    except PreflightError as error:  # a list, which one line would make unreadable
+        print(f"palm-rlhf dpo: error: {error}", file=sys.stderr)
+        return 2
+    if trainer.stopped is not None:
+        say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
+        return 0
+    after = trainer.evaluate()
+    improved = trainer.export_palm()
+    if trainer.accelerator.is_main_process:
+        improved.save(out)
+        say(changes(before, after))
+        say(f"saved {out}, metrics in {args.run_dir / 'metrics.jsonl'}")
+    return 0
+
+
+def trainer_of(args: argparse.Namespace, train: Sequence[Label], held_out: Sequence[Label]) -> DirectTrainer:
+    """The trainer that the options describe.
+
+    Raises:
+        FileNotFoundError: if the model's file is missing.
+        ValueError: if it is not what it should be, or an option is out of range or of another loss.
+    """
+    device, palm = device_of(args), PaLM.from_checkpoint(args.palm)
+    if palm.num_tokens != TOKENIZER.num_tokens:
+        raise ValueError(
+            f"{args.palm} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}; train one"
+            " with `palm-rlhf pretrain`"
+        )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the present one
+    common: dict[str, Any] = {
+        "palm": palm, "tokenizer": TOKENIZER, "held_out": held_out, "max_length": args.max_length, "seed": args.seed,
+        "run_dir": args.run_dir, "accelerate_kwargs": {"cpu": device.type == "cpu"}, "lr": args.lr,
+        "lora_r": args.lora_r, "minibatch_size": args.minibatch_size, "max_batch_tokens": args.max_batch_tokens,
+        "save_every": args.save_every,
+    }  # fmt: skip
+    numbers = loss_numbers(args)
+    if args.loss == KTO:
+        return KTOTrainer(votes=train, **numbers, **common)
+    loss: Any = partial(LOSSES[args.loss], **numbers)
+    if args.nll:
+        loss = partial(with_nll, loss=loss, coef=args.nll)
+    return DPOTrainer(pairs=train, loss=loss, **common)
+
+
+def loss_numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """The numbers given for the loss, under its own names.
+
+    Raises:
+        ValueError: if one is given that the loss does not have.
+    """
+    numbers: dict[str, Any] = {"beta": args.beta} if hasattr(args, "beta") else {}
+    given = {"--gamma": hasattr(args, "gamma"), "--flip-rate": hasattr(args, "flip_rate"), "--nll": args.nll != 0}
+    takes = {"--gamma": args.loss == "simpo", "--flip-rate": args.loss in FLIPPED, "--nll": args.loss != KTO}
+    for option in given:
+        if given[option] and not takes[option]:
+            raise ValueError(f"{option} is no number of --loss {args.loss}: leave it out, or choose another loss")
+    if given["--gamma"]:
+        numbers["gamma"] = args.gamma
+    if given["--flip-rate"]:
+        numbers[FLIPPED[args.loss]] = args.flip_rate
+    return numbers
+
+
+def changes(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """A small table of the held-out records before and after."""
+    head = f"{'held-out records':<42}{'before':>9}{'after':>9}"
+    rows = [f"{label:<42}{before[name]:>9.3f}{after[name]:>9.3f}" for label, name in HEADLINE if name in after]
+    return "\n".join([head, *rows])

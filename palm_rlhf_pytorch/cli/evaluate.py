@@ -1,0 +1,262 @@
+"""`palm-rlhf evaluate`: two byte-level PaLMs on the same prompts, compared by judges, side by side."""
+
+import argparse
+import html
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.generate import printable
+from palm_rlhf_pytorch.cli.pretrain import bits_per_byte
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.comparison import Contest
+from palm_rlhf_pytorch.policy.evaluation import Evaluation, Side, evaluate
+from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.text.datasets import read_prompts, read_texts
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.training.atomic import check_target, replacing
+
+TOKENIZER = ByteTokenizer()
+FIGURES, SAMPLES, PAGE = "evaluation.json", "samples.jsonl", "report.html"
+TEXT_WINDOW = 256  # bytes a model sees at once in --text: what `palm-rlhf pretrain` trains on
+COLUMN = 48  # characters of one side in the terminal
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; }
+th { text-align: left; } td { text-align: right; } td.text { text-align: left; vertical-align: top; width: 42%; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace; }
+.prompt { color: #666; } .note { color: #666; font-size: 13px; } .ahead { background: #eef7ee; }
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="compare two models by judges, on the same prompts",
+        description=(
+            "Sample from two byte-level PaLMs, on the same prompts and with the same random numbers, and compare: win"
+            " rate of B over A by each judge with a 95 % interval over prompts, scores, KL between the two, lengths,"
+            " diversity, and samples side by side."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name in ("A", "B"):
+        parser.add_argument(name.lower(), metavar=name, help=f"file of model {name}, as PaLM.save writes it")
+    for option, meaning in (
+        ("--prompts", "UTF-8 text, one prompt a line"),
+        ("--judge", "file of a reward model, as RewardModel.save writes it; may be given several times"),
+    ):
+        action = "append" if option == "--judge" else "store"
+        parser.add_argument(
+            option, required=True, metavar="FILE", default=argparse.SUPPRESS, action=action, help=meaning
+        )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="responses of each model to each prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="bytes of a response at most")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling; 0 is greedy")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples")
+    parser.add_argument(
+        "--show", type=int, default=3, metavar="N",
+        help="samples to show of each kind: first prompts, B most ahead, B most behind (by the first judge)",
+    )  # fmt: skip
+    for option, metavar, meaning in (
+        ("--text", "FILE", "UTF-8 text on which to measure bits per byte of both models: what alignment has cost"),
+        ("--out", "DIR", f"folder for {FIGURES}, {SAMPLES} (all responses) and {PAGE}, a page to read"),
+    ):
+        parser.add_argument(option, type=Path, metavar=metavar, default=argparse.SUPPRESS, help=meaning)
+    add_device_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample, judge, compare, print, write.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not what it should be, or an option is out of range.
+    """
+    device = device_of(args)
+    out: Path | None = getattr(args, "out", None)
+    if args.show < 0:
+        raise ValueError(f"--show {args.show}: must be 0 or more")
+    if out is not None:
+        check_folder(out)
+    prompts, text = read_prompts(args.prompts), text_of(args)
+    models = [_checked(PaLM.from_checkpoint(path), path).to(device).eval() for path in (args.a, args.b)]
+    judges = {name: RewardModel.from_checkpoint(path) for name, path in judge_names(args.judge).items()}
+    for judge, path in zip(judges.values(), args.judge, strict=True):
+        _checked(judge.palm, path)
+        judge.to(device).eval()
+    found = evaluate(
+        models[0], models[1], prompts, judges, TOKENIZER, num_samples=args.samples, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, eos_token=TOKENIZER.eos_token, seed=args.seed, use_tqdm=True,
+    )  # fmt: skip
+    if text is not None:
+        bits = [bits_per_byte(model, text, length=TEXT_WINDOW) for model in models]
+        found = replace(found, bits_per_byte=(bits[0], bits[1]))
+    print(f"A {args.a}\nB {args.b}\n{len(prompts)} prompts of {args.prompts}, samples of each: {args.samples}\n")
+    print(found.table())
+    print("\n" + side_by_side(found, args.show))
+    if out is not None:
+        write_report(found, out, names=(str(args.a), str(args.b)), count=args.show)
+        print(f"saved {out / FIGURES}, {out / SAMPLES} and {out / PAGE}")
+    return 0
+
+
+def check_folder(out: Path) -> None:
+    """Raise a ValueError unless the report can be put there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder")
+    for name in (FIGURES, SAMPLES, PAGE):
+        check_target(out / name)
+
+
+def text_of(args: argparse.Namespace) -> torch.Tensor | None:
+    """The ids of --text, if that is given.
+
+    Raises:
+        ValueError: if there is nothing in it to predict.
+    """
+    path = getattr(args, "text", None)
+    if path is None:
+        return None
+    ids = TOKENIZER.encode(read_texts([path])[0])
+    if len(ids) < 2:
+        raise ValueError(f"--text {path} holds less than two bytes: there is nothing to predict")
+    return ids
+
+
+def judge_names(paths: list[str]) -> dict[str, str]:
+    """A name for each judge's file: its stem, or the path where stems are alike.
+
+    Raises:
+        ValueError: if a file is given twice.
+    """
+    stems = [Path(path).stem for path in paths]
+    names = {path if stems.count(stem) > 1 else stem: path for path, stem in zip(paths, stems, strict=True)}
+    if len(names) < len(paths):
+        raise ValueError(f"--judge: a file is given twice ({', '.join(paths)})")
+    return names
+
+
+def side_by_side(found: Evaluation, count: int) -> str:
+    """The chosen samples in two columns, for a terminal."""
+    lines = []
+    for kind, rows in found.chosen(count).items():
+        lines += [f"--- {kind}"] * bool(rows)
+        for row in rows:
+            lines.append(f"[{printable(found.prompts[int(found.prompt_rows[row])])}]")
+            columns = [_column(name, side, row) for name, side in (("A", found.a), ("B", found.b))]
+            for at in range(max(map(len, columns))):
+                left, right = (column[at] if at < len(column) else "" for column in columns)
+                lines.append(f"{left:<{COLUMN + 4}}{right}".rstrip())
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _column(name: str, side: Side, row: int) -> list[str]:
+    """A response for a terminal: what it is worth, then its text in lines of COLUMN characters."""
+    text = f"{name}: {_told(side, row)}\n{printable(side.responses[row]).expandtabs(4)}"
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, COLUMN) or [""]]
+
+
+def write_report(found: Evaluation, out: Path, *, names: tuple[str, str], count: int) -> None:
+    """Write figures, all samples and the page into a folder, each file whole or not at all."""
+    found.to_jsonl(out / SAMPLES)
+    for name, content in ((FIGURES, found.to_json() + "\n"), (PAGE, page(found, names=names, count=count))):
+        with replacing(out / name) as file:
+            file.write(content.encode())
+
+
+def page(found: Evaluation, *, names: tuple[str, str], count: int) -> str:
+    """A page of HTML that needs nothing else: figures, and the chosen samples; what models wrote is text there."""
+    body = [
+        "<h1>B against A</h1>",
+        *(f"<p>{label}: <code>{_text(name)}</code></p>" for label, name in zip("AB", names, strict=True)),
+        f"<p class=note>{len(found.prompts)} prompts, {len(found.prompt_rows)} pairs of responses; "
+        f"{_text(', '.join(f'{name} {value}' for name, value in found.sampling.items()))}. Intervals are of 95 %, over"
+        " prompts; a tie is half a win.</p>",
+        *_figures(found),
+        *_samples(found, count),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>B against A</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _figures(found: Evaluation) -> Iterator[str]:
+    """Tables of the judges, then of what does not depend on them."""
+    heads = ("judge", "B wins", "95 %", "score of A", "of B", "B - A", "95 %", "pairs left out", "turned by a swap")
+    yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
+    for name, contest in found.contests.items():
+        yield f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in _cells(contest))}</tr>"
+    yield "</table>\n<table><tr><th></th><th>A</th><th>B</th><th>B - A</th><th>95 %</th></tr>"
+    for name, figure in found.figures().items():
+        gap = figure.difference
+        cells = [f"{figure.a:.3f}", f"{figure.b:.3f}"]
+        cells += ["", ""] if gap is None else [f"{gap.value:+.3f}", gap.interval(signed=True)]
+        yield f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    yield "</table>"
+
+
+def _cells(contest: Contest) -> list[str]:
+    scores = ["", "", "", ""]
+    if contest.scores is not None and contest.difference is not None:
+        scores = [f"{estimate.value:.3f}" for estimate in contest.scores]
+        scores += [f"{contest.difference.value:+.3f}", contest.difference.interval(signed=True)]
+    turned = "" if contest.inconsistent is None else f"{contest.inconsistent}"
+    return [f"{contest.win_rate.value:.3f}", contest.win_rate.interval(), *scores, f"{contest.unscored}", turned]
+
+
+def _samples(found: Evaluation, count: int) -> Iterator[str]:
+    first = next(iter(found.contests.values()), None)
+    for kind, rows in found.chosen(count).items():
+        if not rows:
+            continue
+        yield f"<h2>{_text(kind)}</h2>\n<table><tr><th>A</th><th>B</th></tr>"
+        for row in rows:
+            prompt, ahead = (
+                found.prompts[int(found.prompt_rows[row])],
+                0.0 if first is None else float(first.margins[row]),
+            )
+            yield "<tr>"
+            for side, sign in ((found.a, -1), (found.b, 1)):
+                mark = " ahead" if sign * ahead > 0 else ""
+                yield (
+                    f'<td class="text{mark}"><pre><span class=prompt>{_text(prompt)}</span>{_text(side.responses[row])}'
+                    f"</pre><p class=note>{_text(_told(side, row))}</p></td>"
+                )
+            yield "</tr>"
+        yield "</table>"
+
+
+def _told(side: Side, row: int) -> str:
+    """A response's scores, length and end, in a line."""
+    scores = [f"{name} {float(found[row]):.3f}" for name, found in side.scores.items()]
+    return ", ".join([*scores, f"{int(side.lengths[row])} tokens{'' if side.ended[row] else ', cut'}"])
+
+
+def _text(text: str) -> str:
+    """Any text as HTML text: markup and control characters mean nothing in it."""
+    return html.escape(printable(text))
+
+
+def _checked(palm: PaLM, path: str) -> PaLM:
+    """A byte-level model.
+
+    Raises:
+        ValueError: if its vocabulary is another.
+    """
+    if palm.num_tokens != TOKENIZER.num_tokens:
+        raise ValueError(
+            f"{path} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}; train one"
+            " with `palm-rlhf pretrain`"
+        )
+    return palm

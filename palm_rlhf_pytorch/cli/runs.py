@@ -1,0 +1,180 @@
+"""What the commands that sample and learn share: `ppo` and `grpo`, and `check` and `plan` before them.
+
+Options of a run, the models they name, and the run itself in a folder that a stopped one goes on from.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
+from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
+from palm_rlhf_pytorch.policy.preflight import PreflightError
+from palm_rlhf_pytorch.policy.settings import PolicySettings
+from palm_rlhf_pytorch.reward.ensemble import load_judge
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.training.atomic import check_target
+from palm_rlhf_pytorch.training.metrics import read_metrics
+
+TOKENIZER = ByteTokenizer()
+IMPROVED = "improved_palm.pt"
+METRICS = "metrics.jsonl"  # where the trainer writes them in its run_dir
+HEADLINE = (
+    ("reward-model score", "reward/score"),
+    ("KL to the reference (nats per response)", "objective/kl"),
+    ("response length (bytes)", "response/length_mean"),
+    ("EOS rate", "response/eos_rate"),
+)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, defaults: PolicySettings) -> "argparse._ArgumentGroup":
+    """Add the options that describe a run; gives the group of those that shape learning, for what a method adds."""
+    parser.add_argument("palm", metavar="PALM", help="file of the model, as `palm-rlhf pretrain` saves it")
+    for option, meaning in (
+        ("--reward-model", "file of the judge, as `palm-rlhf reward` and `palm-rlhf demo` write it"),
+        ("--prompts", "UTF-8 text, one prompt a line"),
+    ):
+        parser.add_argument(option, required=True, metavar="FILE", default=argparse.SUPPRESS, help=meaning)
+    parser.add_argument(
+        "--held-out-judge", metavar="FILE", help="a second reward model, whose scores are logged and never learnt from"
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("palm-run"), metavar="DIR", help="folder of the run")
+    counts = parser.add_argument_group("size of the run")
+    counts.add_argument("--episodes", type=int, default=4096, metavar="N", help="responses to learn from")
+    counts.add_argument("--update-timesteps", type=int, default=64, metavar="N", help="responses between two updates")
+    counts.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="bytes of a response at most")
+    counts.add_argument("--max-seq-len", type=int, default=2048, metavar="N", help="bytes of both, prompt and response")
+    counts.add_argument(
+        "--save-every", type=int, default=defaults.save_every, metavar="N", help="updates between saves"
+    )
+    learning = parser.add_argument_group("learning")
+    _add_learning_arguments(learning, defaults)
+    add_device_argument(parser)
+    return learning
+
+
+def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: PolicySettings) -> None:
+    learning.add_argument(
+        "--actor-lr", type=float, default=defaults.actor_lr, metavar="LR",
+        help="the policy's peak learning rate; 1e-3 suits dim 64, 3e-4 dim 128, 1e-4 dim 512",
+    )  # fmt: skip
+    learning.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="passes over each rollout")
+    learning.add_argument(
+        "--minibatch-size", type=int, default=defaults.minibatch_size, metavar="N", help="responses in an optimizer step"
+    )
+    learning.add_argument("--lora-r", type=int, default=defaults.actor_lora_r, metavar="R", help="rank of adapters")
+    learning.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling, above 0")
+    learning.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random")
+
+
+def add_going_on_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a run begins."""
+    for option, meaning in (
+        ("--resume", "go on with the run that --run-dir holds; begin one if it holds none"),
+        ("--no-preflight", "leave out the checks before the first step"),
+    ):
+        parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=meaning)  # shows no default
+
+
+def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, Any]:
+    """What the options say to any trainer; without run_dir it leaves no files.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not what it should be, or an option is out of range.
+    """
+    device = device_of(args)
+    palm, reward_model = PaLM.from_checkpoint(args.palm), load_judge(args.reward_model)
+    held_out = None if args.held_out_judge is None else load_judge(args.held_out_judge)
+    read = [(args.palm, palm), (args.reward_model, reward_model.palm)]
+    read += [] if held_out is None else [(args.held_out_judge, held_out.palm)]
+    for path, model in read:
+        if model.num_tokens != TOKENIZER.num_tokens:
+            raise ValueError(
+                f"{path} has num_tokens={model.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}; train one"
+                " with `palm-rlhf pretrain`"
+            )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the present one
+    return {
+        "palm": palm,
+        "reward_model": reward_model.eval(),
+        "held_out_judge": None if held_out is None else held_out.eval(),
+        "prompts_path": args.prompts,
+        "tokenizer": TOKENIZER,
+        "seed": args.seed,
+        "run_dir": run_dir,
+        "accelerate_kwargs": {"cpu": device.type == "cpu"},
+        "actor_lr": args.actor_lr,
+        "epochs": args.epochs,
+        "minibatch_size": args.minibatch_size,
+        "actor_lora_r": args.lora_r,
+        "save_every": args.save_every,
+    }
+
+
+def begin_run(args: argparse.Namespace) -> None:
+    """Refuse a folder that holds a run which is not resumed, or where nothing can be written, before anything is read."""
+    check_target(args.run_dir / IMPROVED)
+    if not hasattr(args, "resume"):
+        refuse_run(args.run_dir)
+
+
+def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) -> int:
+    """Train, save, say what changed; 2 if a check before the run fails, once it is said which and why.
+
+    Raises:
+        ValueError: if training had to stop: scores or gradients were not finite.
+    """
+    out, say = args.run_dir / IMPROVED, trainer.accelerator.print
+    try:
+        trainer.train(
+            args.episodes, update_timesteps=args.update_timesteps, resume="auto" if hasattr(args, "resume") else None,
+            preflight=not hasattr(args, "no_preflight"), **sampling_of(args),
+        )  # fmt: skip
+    except PreflightError as error:  # a list, which one line would make unreadable
+        print(f"palm-rlhf {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:  # the run's own fault: no traceback
+        checkpoints = trainer.run.checkpoints
+        kept = checkpoints is not None and checkpoints.steps()
+        raise ValueError(f"{error}; {args.run_dir} keeps {'the last' if kept else 'no'} checkpoint") from error
+    if trainer.stopped is not None:
+        say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
+        return 0
+    improved = trainer.export_palm()
+    if trainer.accelerator.is_main_process:
+        improved.save(out)
+        say(changes(args.run_dir / METRICS))
+        say(f"saved {out}, metrics in {args.run_dir / METRICS}")
+    return 0
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that say how responses are sampled, as the trainer's methods take them."""
+    return {
+        "max_seq_len": args.max_seq_len,
+        "max_new_tokens": args.max_new_tokens,
+        "eos_token": TOKENIZER.eos_token,
+        "temperature": args.temperature,
+    }
+
+
+def refuse_run(run_dir: Path) -> None:
+    """Raise a ValueError if a folder holds a run already, which a new one would write over."""
+    if (run_dir / METRICS).exists() or any(run_dir.glob("checkpoints/step-*")):
+        raise ValueError(f"--run-dir {run_dir} holds a run already: add --resume to go on with it, or name another")
+
+
+def changes(path: Path) -> str:
+    """A small table of the first and the last update in a metrics file."""
+    records = read_metrics(path)
+    first, last = records[0], records[-1]
+    head = f"{'mean over the responses of an update':<42}{'first':>9}{'last':>9}"
+    rows = [f"{label:<42}{first[name]:>9.3f}{last[name]:>9.3f}" for label, name in HEADLINE]
+    return "\n".join([head, *rows])

@@ -1,0 +1,175 @@
+"""GRPOTrainer: a policy learns from how its responses to one prompt compare, without a critic.
+
+    prove:   the identities it rests on, on this model                       (`preflight`)
+    collect: prompts -> several responses to each                            (`rollout`)
+    score:   the judge's scores; more prompts where groups teach nothing     (`score`)
+    learn:   advantages within groups, clipped steps                         (`learn`)
+    save:    all of it, at any of these places                               (`train(resume="auto")` goes on there)
+
+The papers, and what tells the methods apart, are in `objectives/group.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from palm_rlhf_pytorch.objectives.group import informative_groups
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.arguments import Call
+from palm_rlhf_pytorch.policy.group_settings import GroupSettings
+from palm_rlhf_pytorch.policy.groups import GroupLesson, group_numbers
+from palm_rlhf_pytorch.policy.losses import GroupStepLoss
+from palm_rlhf_pytorch.policy.online import OnlineTrainer
+from palm_rlhf_pytorch.policy.prompts import PromptBatch
+from palm_rlhf_pytorch.policy.run import Flight
+from palm_rlhf_pytorch.policy.scores import Judge
+from palm_rlhf_pytorch.policy.settings import settings_from
+from palm_rlhf_pytorch.policy.targets import Source
+from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.typecheck import typecheck
+
+
+class GRPOTrainer(OnlineTrainer):
+    """Improves a PaLM by GRPO or one of its kin: Dr. GRPO, DAPO, RLOO, GSPO.
+
+    The `palm` given stays as it is; the improved model comes from `export_palm()`. Prompts of a batch that are alike
+    are read once, so that a group shares one prefill. What `RLHFTrainer` says of seeds, files and processes holds here.
+    """
+
+    settings: GroupSettings
+
+    @typecheck
+    def __init__(
+        self,
+        *,
+        palm: PaLM,
+        reward_model: RewardModel | Judge,
+        prompt_token_ids: Tensor | Sequence[Any] | None = None,
+        prompt_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        prompts_path: str | Path | None = None,
+        tokenizer: object | None = None,
+        pad_value: int | None = None,
+        held_out_judge: RewardModel | Judge | None = None,
+        seed: int = 0,
+        run_dir: str | Path | None = None,
+        metrics_path: str | Path | None = None,
+        accelerate_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Prepare training; nothing is sampled yet.
+
+        Args:
+            palm: as in `RLHFTrainer`, as for all that is not described here.
+            reward_model: the judge.
+            prompt_token_ids: likewise.
+            prompt_mask: likewise.
+            prompt_lengths: likewise.
+            prompts: likewise.
+            prompts_path: likewise.
+            tokenizer: likewise.
+            pad_value: likewise.
+            held_out_judge: likewise.
+            seed: likewise.
+            run_dir: likewise.
+            metrics_path: likewise.
+            accelerate_kwargs: likewise.
+            **settings: the fields of GroupSettings and of PolicySettings, where each is described; `objective` first.
+
+        Raises:
+            TypeError: if an argument or a setting is unknown or of the wrong type.
+            ValueError: if prompts, models or a setting do not fit; the argument and its value are named.
+        """
+        sources = {
+            "prompt_token_ids": prompt_token_ids, "prompt_mask": prompt_mask, "prompt_lengths": prompt_lengths,
+            "pad_value": pad_value, "prompts": prompts, "prompts_path": prompts_path, "tokenizer": tokenizer,
+        }  # fmt: skip
+        chosen = settings_from(GroupSettings, settings, trainer="GRPOTrainer")
+        super().__init__(
+            palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=False,
+            loss=self._loss(chosen, max_length=1), prompts=sources, seed=seed, run_dir=run_dir,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs,
+        )  # fmt: skip
+        self.lesson = self._lesson
+
+    @typecheck
+    def train(
+        self,
+        num_episodes: int = 50_000,
+        *,
+        max_seq_len: int = 2048,
+        max_new_tokens: int | None = None,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        update_timesteps: int = 64,
+        resume: str | Path | None = None,
+        preflight: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, float]]:
+        """Learn from num_episodes responses, `group_size` to a prompt; arguments and errors as `RLHFTrainer.train`.
+
+        Args:
+            num_episodes: responses to learn from, over all processes: a multiple of group_size.
+            max_seq_len: tokens of prompt and response together.
+            max_new_tokens: tokens of a response, if that is to be less.
+            eos_token: id that ends a response; None lets all run to their limit.
+            temperature: of sampling, above 0.
+            update_timesteps: responses between two updates, over all processes: a multiple of group_size. Where groups
+                are sampled again, so many are learnt from, as far as max_rounds finds them.
+            resume: see there.
+            preflight: see there.
+            use_tqdm: see there.
+
+        Returns:
+            The metrics of each update of this call.
+
+        Raises:
+            ValueError: see there.
+            FloatingPointError: see there.
+        """
+        call = Call(num_episodes, max_seq_len, max_new_tokens, eos_token, temperature, update_timesteps)
+        self.settings.check_update(num_episodes)
+        self.learner.loss = self._loss(self.settings, max_length=self._longest_response(call))
+        return self.run_call(call, resume=resume, preflight=preflight, use_tqdm=use_tqdm)
+
+    def next_prompts(self, count: int) -> PromptBatch:
+        """This process's share of the next prompts, each as often as a group has responses; `count` is responses."""
+        size = self.settings.group_size
+        batch = super().next_prompts(-(-count // size))
+        return PromptBatch(*(part.repeat_interleave(size, dim=0) for part in batch))
+
+    def wants_more(self, flight: Flight) -> bool:
+        """Whether too few groups of the rounds so far teach anything, and another round is allowed."""
+        if len(flight.rounds) >= self.settings.max_rounds:
+            return False
+        rows = flight.sampled
+        assert rows.scores is not None, "asked after scoring"
+        groups, _ = group_numbers(rows.prompt_rows)
+        found = int(informative_groups(rows.scores, groups, rows.scores.isfinite()).sum())
+        return self.ranks.any(found < self._groups_of(len(flight.rounds[0])))
+
+    def _groups_of(self, num_responses: int) -> int:
+        return num_responses // self.settings.group_size
+
+    def _longest_response(self, call: Call) -> int:
+        """Tokens of the longest response there may be."""
+        room = call.max_seq_len - int(self.prompts.lengths.min())
+        return room if call.max_new_tokens is None else min(room, call.max_new_tokens)
+
+    def _loss(self, settings: GroupSettings, *, max_length: int) -> GroupStepLoss:
+        return GroupStepLoss(objective=settings.objective, max_length=max_length, **settings.loss_arguments())
+
+    def _lesson(self, source: Source, scores: Tensor, counted: Tensor, **named: Any) -> GroupLesson:
+        """What responses teach; without a call of `train` the longest of them stands for the limit."""
+        settings, call, flight = self.settings, self.call, self.flight
+        longest = max(steps for _, steps in source.spans()) if call is None else self._longest_response(call)
+        again = settings.max_rounds > 1 and flight is not None
+        return GroupLesson(
+            source, scores, counted, objective=settings.objective, max_length=longest,
+            overlong_buffer=settings.overlong_buffer, drop_truncated=settings.drop_truncated,
+            max_groups=self._groups_of(len(flight.rounds[0])) if again and flight is not None else None,
+            **named,
+        )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Trainers that sample, are judged and learn, update after update: the call of `train`, and one update's learning.
+
+What a method adds is its loss, its settings and what its rows teach: `policy/ppo.py`, `policy/grpo.py`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from palm_rlhf_pytorch.policy.arguments import Call, check_train_arguments
+from palm_rlhf_pytorch.policy.diagnostics import lesson_from
+from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.learning import Progress
+from palm_rlhf_pytorch.policy.loop import Loop, begin
+from palm_rlhf_pytorch.policy.rollout import Rollout
+from palm_rlhf_pytorch.policy.scores import raw_scores
+from palm_rlhf_pytorch.policy.targets import Lesson
+from palm_rlhf_pytorch.policy.trainer import PolicyTrainer
+
+
+class OnlineTrainer(PolicyTrainer):
+    """Adds learning to what samples and judges."""
+
+    lesson: Callable[..., Lesson] = Lesson  # makes what responses teach, see `lesson_from`
+
+    def run_call(
+        self, call: Call, *, resume: str | Path | None, preflight: bool, use_tqdm: bool
+    ) -> list[dict[str, float]]:
+        """What `train` does; its metrics."""
+        check_train_arguments(
+            self.prompts, self.settings, palm=self.actor_critic.palm, num_episodes=call.num_episodes,
+            update_timesteps=call.update_timesteps, **call.sampling,
+        )  # fmt: skip
+        self.call = begin(self, call, resume)
+        self.doctor.run = self.doctor.run._replace(eos_token=call.eos_token is not None)
+        loop = Loop(self, self.call, use_tqdm=use_tqdm)
+        if preflight:
+            loop.prove()
+        history, self.stopped = loop.run()
+        return history
+
+    def learn(self, rollout: Rollout) -> dict[str, float]:
+        """Take the method's steps on a scored rollout, then let the KL controller act; returns the diagnostics.
+
+        Learning rates are those of the settings, or of the last update where `train` has run.
+
+        Raises:
+            ValueError: if the rollout has no scores, not one a response, or too many that are not finite.
+            FloatingPointError: if loss or gradient norm are not finite several steps in a row; each such step leaves
+                the weights as they were.
+        """
+        if rollout.scores is None:
+            raise ValueError(
+                "rollout has no scores: call score(rollout) first, or set them by rollout._replace(scores=)"
+            )
+        scores = raw_scores(rollout.scores, len(rollout.sequences), where="this rollout")
+        return self.learn_from(rollout._replace(scores=scores).to("cpu"), num_fresh=len(rollout.sequences))
+
+    def learn_from(
+        self,
+        source: Rollout | Experience,
+        *,
+        num_fresh: int,
+        progress: Progress | None = None,
+        on_step: Callable[[Progress], object] | None = None,
+    ) -> dict[str, float]:
+        """What `learn` does, on rows on the CPU or on disk, or the rest of it.
+
+        Args:
+            source: scored responses.
+            num_fresh: how many of them this update has sampled; the others are learnt from again.
+            progress: where an interrupted update goes on.
+            on_step: called after each optimizer step, see `Learner.update`.
+        """
+        lesson, metrics = lesson_from(
+            source, self.settings, ranks=self.ranks, normalizer=self.normalizer, kl_coef=self.kl_coef,
+            version=min(self.updates, int(source.versions.max())),  # a rollout handed in may be older than the policy
+            kind=self.lesson,
+        )  # fmt: skip
+        random = partial(self.learning_generator, self.updates)
+        metrics |= self.learner.update(lesson, random=random, progress=progress, on_step=on_step)
+        episodes = num_fresh * self.ranks.count
+        self.episodes += episodes
+        self.updates += 1
+        self.kl_coef = self.settings.next_kl_coef(self.kl_coef, metrics["objective/kl"], num_episodes=episodes)
+        return metrics | {"episodes": float(self.episodes)}

@@ -1,0 +1,156 @@
+"""The best and the worst responses of each update, in a file for people to read: how a judge is fooled is seen there.
+
+    run_dir/samples.jsonl, a line a response: {"step": 12, "kind": "best", "prompt": ..., "response": ..., "score": ...}
+
+Knows no trainer: what is picked, and when it is written, is the caller's to say.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from palm_rlhf_pytorch.policy.records import Decoder
+from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
+from palm_rlhf_pytorch.policy.targets import Source
+from palm_rlhf_pytorch.training.metrics import MetricsLog
+
+Sample = dict[str, Any]
+
+
+def extremes(
+    source: Source, scores: Tensor, k: int, *, tokenizer: Decoder | None, held_out_scores: Tensor | None = None
+) -> list[Sample]:
+    """The k responses with the highest scores, best first, then the k with the lowest, worst first.
+
+    No response is in both; where there are fewer than 2k, the best take the odd one. Of equal scores the earlier row
+    comes first. Only the rows that are told of are read.
+
+    Args:
+        source: rollouts in memory or on disk, (n,) rows.
+        scores: the judge's raw scores, (n,); rows that are not finite are left out.
+        k: how many of each kind.
+        tokenizer: anything with `decode(ids)`; None writes ids.
+        held_out_scores: those of a judge that is not learnt from, (n,), or None.
+
+    Returns:
+        For each response `kind` ("best" or "worst"), `prompt`, `response`, `score`, `held_out_score` (None without a
+        finite one), `kl` (the sum over the response of logprob - reference logprob, nats), `length` in tokens,
+        `ended` and `prompt_row`; JSON-able.
+
+    Raises:
+        ValueError: if scores are not one for each row, or k is negative.
+    """
+    spans = source.spans()
+    for name, given in (("scores", scores), ("held_out_scores", held_out_scores)):
+        if given is not None and given.shape != (len(spans),):
+            raise ValueError(f"{name} {tuple(given.shape)} must be one for each of the {len(spans)} responses")
+    best, worst = _picked(scores.tolist(), k)
+    if not best:
+        return []
+    part = source.select(next(row_batches(spans, best + worst, device=torch.device("cpu"))))
+    held_out = [math.nan] * len(spans) if held_out_scores is None else held_out_scores.tolist()
+    return [
+        _told(part, place, tokenizer)
+        | {
+            "kind": "best" if place < len(best) else "worst",
+            "score": float(scores[row]),
+            "held_out_score": held_out[row] if math.isfinite(held_out[row]) else None,
+        }
+        for place, row in enumerate(best + worst)
+    ]
+
+
+def extremes_of(samples: Sequence[Sample], k: int) -> list[Sample]:
+    """The same out of samples that were picked on several processes, say `chain(*ranks.gather_values(samples))`."""
+    best, worst = _picked([sample["score"] for sample in samples], k)
+    return [samples[at] | {"kind": "best"} for at in best] + [samples[at] | {"kind": "worst"} for at in worst]
+
+
+class SampleLog:
+    """Appends samples to a file as `MetricsLog` does metrics: by the main process alone, a step's lines in one go.
+
+    An unfinished last line, left by a crash, is removed when logging to the same file goes on.
+
+    Args:
+        path: the file; None writes none.
+        accelerator: decides the main process.
+    """
+
+    def __init__(self, path: str | Path | None, *, accelerator: Accelerator | None = None) -> None:
+        self._lines = MetricsLog(path, accelerator=accelerator)  # which mends and rewinds files of such lines
+        self._main = accelerator is None or accelerator.is_main_process
+
+    @property
+    def path(self) -> Path | None:
+        """The file."""
+        return self._lines.path
+
+    def log(self, samples: Sequence[Sample], step: int) -> None:
+        """Add the samples of one step.
+
+        Raises:
+            OSError: if the disk refuses, naming path and bytes.
+        """
+        if self.path is None or not self._main or not samples:
+            return
+        text = "".join(json.dumps({"step": step} | dict(sample), allow_nan=False) + "\n" for sample in samples)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            reason = f"{error.strerror or error}: {len(text):,} bytes of samples were not written"
+            raise OSError(error.errno, reason, str(self.path)) from error
+
+    def rewind(self, step: int) -> None:
+        """Take out the lines of steps after this one, which a run that goes on from there will write again."""
+        self._lines.rewind(step)
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """The lines of a file of samples; an unfinished last line is left out.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is not a JSON object, naming its number.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not JSON ({error}); is it a file of samples?") from error
+        if not isinstance(sample, dict):
+            raise ValueError(f"line {number} of {path} is not a JSON object; is it a file of samples?")
+        found.append(sample)
+    return found
+
+
+def _picked(scores: Sequence[float], k: int) -> tuple[list[int], list[int]]:
+    """Places of the k best and the k worst finite scores."""
+    if k < 0:
+        raise ValueError(f"k ({k}) must be 0 or more")
+    finite = [place for place, score in enumerate(scores) if math.isfinite(score)]
+    best = sorted(finite, key=lambda place: -scores[place])[: min(k, -(-len(finite) // 2))]
+    rest = [place for place in finite if place not in set(best)]
+    return best, sorted(rest, key=lambda place: scores[place])[:k]
+
+
+def _told(part: Rollout, place: int, tokenizer: Decoder | None) -> Sample:
+    """What is to be known of a row beside its scores."""
+    start, length = int(part.prompt_lengths[place]), int(part.lengths[place])
+    ids = part.sequences[place, : start + length].tolist()
+    kl = float((part.logprobs - part.ref_logprobs)[place, :length].double().sum())
+    return {
+        "prompt": ids[:start] if tokenizer is None else tokenizer.decode(ids[:start]),
+        "response": ids[start:] if tokenizer is None else tokenizer.decode(ids[start:]),
+        "kl": kl if math.isfinite(kl) else None,
+        "length": length,
+        "ended": bool(part.ended[place]),
+        "prompt_row": int(part.prompt_rows[place]),
+    }
