@@ -42,15 +42,16 @@ TREE = [
     (
         4,
         "policy",
-        "prompts settings ppo_settings arguments actor_critic sharding rollout targets losses scores answers records "
-        "experience learning diagnostics groups doctor run group_settings probe premises identities judge_checks "
-        "preflight footprint pieces plan trainer_record trainer_state samples watch loop trainer online ppo grpo "
-        "direct_data dpo kto best_of_n rejection comparison evaluation",
+        "prompts settings ppo_settings pretraining arguments actor_critic sharding rollout targets progress losses "
+        "scores answers records experience learning diagnostics groups doctor run group_settings probe premises "
+        "identities judge_checks preflight footprint pieces plan trainer_record trainer_state samples watch loop "
+        "trainer online ppo grpo direct_data dpo kto best_of_n rejection comparison evaluation ",
     ),
     (
         5,
         "cli",
-        "device generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text demo_report demo_pairs demo main",
+        "device generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text demo_report demo_pairs "
+        "demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

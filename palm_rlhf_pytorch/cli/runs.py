@@ -65,7 +65,11 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: Polic
     )  # fmt: skip
     learning.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="passes over each rollout")
     learning.add_argument(
-        "--minibatch-size", type=int, default=defaults.minibatch_size, metavar="N", help="responses in an optimizer step"
+        "--minibatch-size",
+        type=int,
+        default=defaults.minibatch_size,
+        metavar="N",
+        help="responses in an optimizer step",
     )
     learning.add_argument("--lora-r", type=int, default=defaults.actor_lora_r, metavar="R", help="rank of adapters")
     learning.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling, above 0")
@@ -119,7 +123,7 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
 
 
 def begin_run(args: argparse.Namespace) -> None:
-    """Refuse a folder that holds a run which is not resumed, or where nothing can be written, before anything is read."""
+    """Refuse a folder where nothing can be written, or which holds a run that is not resumed, before any work."""
     check_target(args.run_dir / IMPROVED)
     if not hasattr(args, "resume"):
         refuse_run(args.run_dir)

@@ -10,6 +10,7 @@ Knows no loss: `policy/dpo.py` and `policy/kto.py` bring theirs.
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from palm_rlhf_pytorch.policy.direct_steps import Steps
 from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.policy.scores import evaluating
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
+from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import Saves
@@ -283,6 +285,7 @@ class DirectTrainer:
             )
         told = f"{len(self.examples)} examples {self.examples.digest()[:16]}, palm {self.trunk_digest()[:16]}"
         told += f", {self.loss_name}, seed {self.seed}, minibatch_size {self.settings.minibatch_size}"
+        _refuse_other_run(checkpoints, told)
         return Saves(checkpoints, every=self.settings.save_every, resume=resume is not None, data=told)
 
     def _prove(self, *, use_tqdm: bool) -> None:
@@ -301,3 +304,13 @@ class DirectTrainer:
     def _warn(self, text: str, *, stacklevel: int = 4) -> None:
         if self.accelerator.is_main_process:
             warnings.warn(text, stacklevel=stacklevel)
+
+
+def _refuse_other_run(checkpoints: Checkpoints, told: str) -> None:
+    """Raise a ValueError where `fit` would, but before the reference is read: it may take long, and replaces a file."""
+    for step in checkpoints.steps()[-1:]:
+        with suppress(CheckpointError):  # a damaged one: fit takes an earlier one, or says so
+            path = checkpoints.folder / step_name(step)
+            data = read_manifest(path).values.get("data")
+            if isinstance(data, list) and told not in data:
+                raise ValueError(f"{path} was written by another run ({data[0]}; now {told})")

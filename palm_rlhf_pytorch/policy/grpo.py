@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from palm_rlhf_pytorch.objectives.group import informative_groups
@@ -58,6 +59,7 @@ class GRPOTrainer(OnlineTrainer):
         run_dir: str | Path | None = None,
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
+        pretraining: Tensor | np.ndarray | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -77,6 +79,7 @@ class GRPOTrainer(OnlineTrainer):
             run_dir: likewise.
             metrics_path: likewise.
             accelerate_kwargs: likewise.
+            pretraining: likewise.
             **settings: the fields of GroupSettings and of PolicySettings, where each is described; `objective` first.
 
         Raises:
@@ -91,7 +94,7 @@ class GRPOTrainer(OnlineTrainer):
         super().__init__(
             palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=False,
             loss=self._loss(chosen, max_length=1), prompts=sources, seed=seed, run_dir=run_dir,
-            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining,
         )  # fmt: skip
         self.lesson = self._lesson
 

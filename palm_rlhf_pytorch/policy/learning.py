@@ -6,9 +6,7 @@ is given. Knows nothing of prompts, judges or files.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.objectives.group import Counts
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.losses import Loss
+from palm_rlhf_pytorch.policy.pretraining import Pretraining
+from palm_rlhf_pytorch.policy.progress import Progress, accumulate
 from palm_rlhf_pytorch.policy.rollout import Rows, row_batches
 from palm_rlhf_pytorch.policy.sharding import Sharding, asks_for_sharding, gathering_gradients, whole_tensor
 from palm_rlhf_pytorch.policy.targets import Lesson, Targets
@@ -25,40 +25,6 @@ from palm_rlhf_pytorch.training.ranks import Ranks
 
 WATCHED = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm")  # a step with one not finite is left out
 Random = Callable[..., torch.Generator]  # (purpose, *counts): the same state for the same arguments
-
-
-@dataclass
-class Progress:
-    """How far an update has come: everything of it that is not in the weights.
-
-    Attributes:
-        epoch: the pass over the rows that the next step belongs to, from 0.
-        minibatch: which minibatch of it comes next, from 0.
-        steps: optimizer steps taken so far; skipped: those left out because a number was not finite.
-        ended: whether the policy has moved so far that the rest of the update is left out.
-        totals: sum over the steps taken, or the largest value, of each diagnostic.
-    """
-
-    epoch: int = 0
-    minibatch: int = 0
-    steps: int = 0
-    skipped: int = 0
-    ended: bool = False
-    totals: dict[str, Tensor] = field(default_factory=dict)
-
-    def is_over(self) -> bool:
-        """Whether the rest is left out."""
-        return self.ended
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-able; float32 numbers come back to the same bits."""
-        return {**vars(self), "totals": {name: float(value) for name, value in self.totals.items()}}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any], *, device: torch.device) -> "Progress":
-        """What `state` gave."""
-        totals = {name: torch.tensor(value, device=device) for name, value in state["totals"].items()}
-        return cls(**{**state, "totals": totals})
 
 
 class Learner:
@@ -76,6 +42,8 @@ class Learner:
         accelerator: Accelerator,
         *,
         loss: Loss,
+        pretraining: Pretraining | None = None,
+        ptx_coef: float = 0.0,
         actor_lr: float,
         actor_wd: float,
         betas: tuple[float, float],
@@ -105,6 +73,8 @@ class Learner:
             self.model, self.optimizer = accelerator.prepare(learnt, optimizer)
         else:  # wrapped already; `prepare` would tell the optimizer's tensors by their memory: empty shards have none
             self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.pretraining, self.ptx_coef = pretraining, ptx_coef
+        self.random: Random | None = None
         self.loss, self.max_norm, self.epochs, self.minibatch_size = loss, max_norm, epochs, minibatch_size
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.max_skipped_steps, self.max_approx_kl, self.critic_warmup = max_skipped_steps, max_approx_kl, critic_warmup
@@ -134,6 +104,7 @@ class Learner:
                 other. The weights are as the last good step left them.
         """
         self.model.train()
+        self.random = random
         self.accelerator.sync_gradients = True  # accelerate's state is one for all trainers of the process
         progress = progress or Progress()
         rows = lesson.counted.nonzero()[:, 0]
@@ -228,17 +199,35 @@ class Learner:
         """One optimizer step on some rows, in microbatches that max_batch_size and max_batch_tokens allow."""
         own = [float(sum(lesson.spans[row][1] for row in rows)), float(len(rows))]
         counts = Counts(*self.ranks.sum(torch.tensor(own, device=self._device)).clamp(min=1))
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = self._pretrain(progress) if self.ptx_coef and self.pretraining is not None else {}
         micros = self._microbatches(lesson, rows)
         for number, (micro, counted) in enumerate(micros):
             with gathering_gradients(self.model, self.accelerator, last=number == len(micros) - 1):
-                _accumulate(totals, self._backward(lesson, micro, counts, counted=counted))
+                accumulate(totals, self._backward(lesson, micro, counts, counted=counted))
         totals = self._over_ranks(totals)
         self.accelerator.unscale_gradients(self.optimizer)
         totals["policy/grad_norm"] = self._clip(self.actor.values())
         if self.critic:
             totals["value/grad_norm"] = self._clip(self.critic.values())
         self._apply(totals, rows, lesson, progress)
+
+    def _pretrain(self, progress: Progress) -> dict[str, Tensor]:
+        """Gradients of the next-token loss on some texts, as many as this rank's share of a step has responses."""
+        assert self.pretraining is not None and self.random is not None, "asked for in an update"
+        total = torch.zeros((), device=self._device)
+        rows, length = max(self.minibatch_size // self.accelerator.num_processes, 1), self.pretraining.length
+        generator = self.random("pretraining", progress.epoch, progress.minibatch)
+        texts = self.pretraining.windows(rows, generator=generator).to(self._device)
+        at_once = max(1, min(self.max_batch_size, self.max_batch_tokens // length))
+        weight = self.ptx_coef * self.accelerator.gradient_accumulation_steps / (rows * (length - 1))
+        for part in texts.split(at_once):
+            ones = torch.ones(len(part), dtype=torch.long, device=self._device)
+            with gathering_gradients(self.model, self.accelerator, last=False), self.accelerator.autocast():
+                out = self.model(part, ones, length - 1, num_tokens=len(part) * (length - 1), entropy_grad=False)
+                loss = -out.logprobs.sum()
+                self.accelerator.backward(weight * loss + 0.0 * out.values.sum())  # ranks wait for the critic's too
+            total += loss.detach() / (rows * (length - 1) * self.accelerator.num_processes)
+        return {"policy/ptx_loss": total}
 
     def _microbatches(self, lesson: Lesson, rows: list[int]) -> list[tuple[Rows, bool]]:
         """Rows of an optimizer step as max_batch_size and max_batch_tokens allow, and whether they count.
@@ -267,7 +256,7 @@ class Learner:
             self.skipped_in_a_row = 0
             self.steps += 1
             progress.steps += 1
-            _accumulate(progress.totals, totals)
+            accumulate(progress.totals, totals)
             limit = self.max_approx_kl
             progress.ended = limit is not None and float(totals["policy/approx_kl"]) > limit
             return
@@ -314,13 +303,6 @@ class Learner:
         """Scale the gradients of one group down to max_norm together; their norm before."""
         limit = float("inf") if self.max_norm is None else self.max_norm
         return whole_tensor(nn.utils.clip_grad_norm_(list(parameters), limit))
-
-
-def _accumulate(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add values to totals, name by name; of what is a maximum keep the larger."""
-    for name, value in values.items():
-        join = torch.maximum if name.endswith("_max") else torch.add
-        totals[name] = join(totals[name], value) if name in totals else value
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.diagnostics import headline, timing_metrics
 from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
-from palm_rlhf_pytorch.policy.learning import Progress
 from palm_rlhf_pytorch.policy.preflight import Report
+from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
 from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts, row_batches
 from palm_rlhf_pytorch.policy.run import Flight

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -55,6 +56,7 @@ class RLHFTrainer(OnlineTrainer):
         run_dir: str | Path | None = None,
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
+        pretraining: Tensor | np.ndarray | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -77,6 +79,8 @@ class RLHFTrainer(OnlineTrainer):
                 None keeps no checkpoints, and experience in a temporary folder.
             metrics_path: a JSONL file that gets a line for each update; by default metrics.jsonl in run_dir.
             accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
+            pretraining: token ids (n,), a tensor, array or memory map, of which random windows are read in each step
+                where `ptx_coef` asks for it.
             **settings: the fields of PPOSettings and of PolicySettings, where each is described.
 
         Raises:
@@ -91,7 +95,7 @@ class RLHFTrainer(OnlineTrainer):
         super().__init__(
             palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=True,
             loss=PPOLoss(**chosen.loss_arguments()), prompts=sources, seed=seed, run_dir=run_dir,
-            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining,
         )  # fmt: skip
         self.lesson = partial(
             Lesson, gamma=chosen.gamma, gae_lambda=chosen.gae_lambda, importance_cap=chosen.importance_cap

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
-from palm_rlhf_pytorch.policy.learning import Progress
+from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint, Checkpoints
 from palm_rlhf_pytorch.training.ranks import Ranks
 

@@ -43,6 +43,7 @@ class PolicySettings:
             for none; 0.01 to 0.05 where it is used.
         ptx_coef: weight of a pretraining loss that is mixed into each step (https://arxiv.org/abs/2203.02155); needs
             the trainer's `pretraining`. 0 for none.
+        ptx_length: tokens of each text of it; a step reads as many texts as it has responses.
         top_k: sample from the k likeliest tokens alone, and learn the policy that does so: it, the old one and the
             reference are each cut to their own likeliest. None, as in most of the literature: all tokens.
         top_p: the same with the likeliest tokens that have this probability together.
@@ -83,6 +84,7 @@ class PolicySettings:
     kl_exact_coef: float = 0.0
     max_approx_kl: float | None = None
     ptx_coef: float = 0.0
+    ptx_length: int = 128
     top_k: int | None = None
     top_p: float | None = None
     missing_eos_penalty: float | None = None
@@ -121,6 +123,12 @@ class PolicySettings:
         self.check_least("actor_lr", "actor_wd", "missing_eos_penalty", "kl_exact_coef", "ptx_coef")
         self.check_share("max_dropped")
         check_sampling(temperature=1.0, top_k=self.top_k, top_p=self.top_p)
+        if self.ptx_length < 2:
+            raise ValueError(f"ptx_length ({self.ptx_length}) must be at least 2: a token is read from the one before")
+        if self.ptx_coef and (self.top_k is not None or self.top_p is not None):
+            raise ValueError(
+                f"ptx_coef ({self.ptx_coef}) goes without top_k and top_p: a text holds tokens that these cut off"
+            )
         if self.keep_best is not None and self.keep_best not in GLOSSARY:
             raise ValueError(f"keep_best ({self.keep_best!r}) names no metric; training/metrics.py lists them")
 
@@ -204,7 +212,7 @@ class PolicySettings:
         """The part that the Learner takes."""
         names = (
             "actor_lr", "actor_wd", "betas", "adam_eps", "max_norm", "epochs", "minibatch_size", "max_batch_size",
-            "max_batch_tokens", "max_skipped_steps", "max_approx_kl",
+            "max_batch_tokens", "max_skipped_steps", "max_approx_kl", "ptx_coef",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

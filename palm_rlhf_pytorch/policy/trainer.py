@@ -31,6 +31,7 @@ from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.losses import Loss
 from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
 from palm_rlhf_pytorch.policy.preflight import Report, preflight
+from palm_rlhf_pytorch.policy.pretraining import pretraining_from
 from palm_rlhf_pytorch.policy.prompts import PromptBatch, one_prompt, padding_of, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
 from palm_rlhf_pytorch.policy.run import Flight, Run
@@ -42,7 +43,14 @@ from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.typecheck import typecheck
 
-STREAMS = ("adapters", "sample", "order", "answer", "dropout")  # what random states are for; a place is for good
+STREAMS = (
+    "adapters",
+    "sample",
+    "order",
+    "answer",
+    "dropout",
+    "pretraining",
+)  # what random states are for; a place is for good
 
 
 class PolicyTrainer:
@@ -62,25 +70,16 @@ class PolicyTrainer:
         run_dir: str | Path | None,
         metrics_path: str | Path | None,
         accelerate_kwargs: Mapping[str, Any] | None,
+        pretraining: Tensor | np.ndarray | None = None,
     ) -> None:
-        """Check and place what was given; arguments as in `RLHFTrainer`, `prompts` being those of `prompts_from`.
+        """Check and place what was given: arguments of `RLHFTrainer`, `prompts` being those of `prompts_from`.
 
-        Args:
-            palm: see `RLHFTrainer`, as for what is not named here.
-            judge: its reward_model.
-            held_out_judge: likewise.
-            settings: of the method.
-            loss: that the learner takes its steps by.
-            critic: whether there is one.
-            prompts: what `prompts_from` takes.
-            seed: likewise.
-            run_dir: likewise.
-            metrics_path: likewise.
-            accelerate_kwargs: likewise.
+        Beside them the `loss` that the learner takes its steps by, and whether there is a `critic`.
         """
         if seed < 0:
             raise ValueError(f"seed ({seed}) must be 0 or above")
         self.settings, self.seed = settings, seed
+        self.pretraining = pretraining_from(pretraining, settings, num_tokens=palm.num_tokens)
         self.prompts = prompts_from(num_tokens=palm.num_tokens, seed=seed, **prompts)
         self.pad_value: int | None = prompts["pad_value"]
         self.pad_token = padding_of(prompts["tokenizer"], self.pad_value)
@@ -101,7 +100,9 @@ class PolicyTrainer:
         self.actor_critic = ActorCritic(
             trunk, critic=critic, generator=self.generator("adapters"), **settings.model_arguments()
         )
-        self.learner = Learner(self.actor_critic, self.accelerator, loss=loss, **settings.learner_arguments())
+        self.learner = Learner(
+            self.actor_critic, self.accelerator, loss=loss, pretraining=self.pretraining, **settings.learner_arguments()
+        )
         self.normalizer = ScoreNormalizer()
         self.doctor = Doctor(**settings.doctor_arguments())
         self.kl_coef = settings.first_kl_coef

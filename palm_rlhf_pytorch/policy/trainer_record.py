@@ -13,7 +13,7 @@ import torch
 
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
-from palm_rlhf_pytorch.policy.learning import Progress
+from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.training.random_states import check_random_states
 
 COUNTERS = ("rollouts", "answers", "episodes", "updates", "saves")

@@ -22,6 +22,7 @@ from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.learning import Learner, Progress
+from palm_rlhf_pytorch.policy.pretraining import Pretraining
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.run import Flight, Run, round_names
 from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
@@ -51,6 +52,7 @@ class Trainer(Protocol):
     normalizer: ScoreNormalizer
     doctor: Doctor
     prompts: Prompts
+    pretraining: Pretraining | None
     settings: PolicySettings
     run: Run
     call: Call | None
@@ -83,6 +85,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "settings": trainer.settings.plain(),
         "trunk": _trunk(trainer),
         "prompts": trainer.prompts.digest(),
+        "pretraining": None if trainer.pretraining is None else trainer.pretraining.digest(),
         "precision": trainer.accelerator.mixed_precision,
         "seed": trainer.seed,
         "processes": trainer.ranks.count,
@@ -124,6 +127,8 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise ValueError(f"{path} was trained over another palm: its frozen weights differ from this trainer's")
     if values.get("prompts") != trainer.prompts.digest():
         raise ValueError(f"{path} was trained on other prompts than this trainer's")
+    if values.get("pretraining") != (None if trainer.pretraining is None else trainer.pretraining.digest()):
+        raise ValueError(f"{path} was trained with other pretraining texts than this trainer's")
     if values.get("precision") != trainer.accelerator.mixed_precision:
         raise ValueError(
             f"{path} was trained with mixed_precision={values.get('precision')!r}, this trainer has"

@@ -2,11 +2,13 @@
 
 Houlsby et al., "Bayesian Active Learning for Classification and Preference Learning", https://arxiv.org/abs/1112.5745:
 most is learnt where members are sure of opposite things. A pair that all of them hold for a tie is a coin's toss to
-people too, and teaches nothing. Knows no file; rows come in, rows go out.
+people too, and teaches nothing.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +16,59 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble
 from palm_rlhf_pytorch.reward.labels import encode_labels, read_texts
-from palm_rlhf_pytorch.tensors import at_least_float32
-from palm_rlhf_pytorch.text.datasets import BadRecord, Labels, read_labels, stop_at_bad_record
+from palm_rlhf_pytorch.text.columns import read_columns
+from palm_rlhf_pytorch.text.datasets import BadRecord, Labels, stop_at_bad_record
+from palm_rlhf_pytorch.text.dialogues import FieldError
 from palm_rlhf_pytorch.text.records import Pair
+from palm_rlhf_pytorch.text.rows import check_table, read_rows
 
+PREFERRED = ("chosen", "rejected")
 # columns that say which response is preferred, or by how much: for a question they are taken away
 JUDGEMENTS = ("choice", "label", "preference", "tie", "margin", "strength", "annotator", "annotator_id", "worker",
               "worker_id", "weight")  # fmt: skip
+
+
+def best_questions(
+    ensemble: RewardEnsemble,
+    pairs: Sequence[Pair],
+    tokenizer: object,
+    *,
+    eos_token: int | None,
+    max_length: int = 1024,
+    max_tokens_per_batch: int = 8192,
+    per_prompt: int | None = 1,
+) -> list["Question"]:
+    """Pairs by what their judgement would teach, the most first; of equals, the one nearest to an even chance.
+
+    Args:
+        ensemble: of reward models; its members should have learnt from different samples of the labels (`bootstrap`).
+        pairs: to be judged; what they say of preference is not looked at.
+        tokenizer: as the members were trained with, like eos_token and max_length.
+        eos_token: likewise.
+        max_length: likewise.
+        max_tokens_per_batch: tokens of a batch, padding included.
+        per_prompt: so many questions about one prompt at most, whose answers would tell much the same; None for all.
+
+    Raises:
+        ValueError: if there is no pair, or a number is out of range.
+    """
+    if per_prompt is not None and per_prompt < 1:
+        raise ValueError(f"per_prompt ({per_prompt}) must be at least 1, or None")
+    counted = [Pair(chosen=pair.chosen, rejected=pair.rejected, group=pair.group) for pair in pairs]
+    encoded = encode_labels(counted, tokenizer, max_length=max_length, eos_token=eos_token)
+    scores = read_texts(ensemble, ensemble.read, encoded.flat, max_tokens=max_tokens_per_batch)
+    found = information(scores[:, ::2] - scores[:, 1::2])
+    numbers = zip(counted, *(tensor.tolist() for tensor in found), strict=True)
+    questions = [Question(pair, *told) for pair, *told in numbers]
+    questions.sort(key=lambda question: (-question.gain, abs(question.probability - 0.5)))
+    asked: Counter[str] = Counter()
+    chosen = []
+    for question in questions:
+        prompt = question.pair.chosen.prompt
+        asked[prompt] += bool(prompt)
+        if per_prompt is None or asked[prompt] <= per_prompt:
+            chosen.append(question)
+    return chosen
 
 
 class Information(NamedTuple):
@@ -53,6 +101,52 @@ class Question(NamedTuple):
         group = {} if self.pair.group is None else {"group": self.pair.group}
         expected = {"gain": self.gain, "probability_a": self.probability, "deviation": self.deviation}
         return texts | group | {"choice": None, "expected": expected}
+
+
+def read_questions(path: str | Path, *, on_bad_record: Callable[[BadRecord], None] = stop_at_bad_record) -> Labels:
+    """Pairs of a file that `read_labels` would read once they are judged; judgements that are there are left out.
+
+    Of chosen and rejected texts, which of them comes first is drawn by their content, so that nobody is led.
+
+    Args:
+        path: JSON lines, a JSON array, CSV or TSV, as in `read_labels`.
+        on_bad_record: likewise.
+
+    Raises:
+        FileNotFoundError, ValueError: if the file is missing, of no known kind, or holds no pair.
+    """
+    labels = Labels()
+    check_table(Path(path))
+    for row in read_rows(Path(path)):
+        labels.rows += 1
+        try:
+            if isinstance(row.columns, FieldError):
+                raise row.columns
+            read = read_columns(_unjudged(row.columns), line=row.line)
+            if not isinstance(read.labels[0], Pair):
+                raise FieldError("", "holds no pair; give response_a and response_b, or chosen and rejected")
+        except FieldError as error:
+            bad = BadRecord(str(path), row.line, error.field, error.reason)
+            labels.bad.append(bad)
+            on_bad_record(bad)
+            continue
+        labels.records += read.labels
+    if not labels.records:
+        raise ValueError(f"{path} holds no pair" + (f"; the first bad record: {labels.bad[0]}" if labels.bad else ""))
+    return labels
+
+
+def _unjudged(columns: Mapping[str, object]) -> dict[str, object]:
+    """A row for `read_columns` that says nothing about which text is better."""
+    row = {name: value for name, value in columns.items() if name not in JUDGEMENTS}
+    texts = [row[name] for name in PREFERRED if name in row]
+    if len(texts) == len(PREFERRED):
+        row |= zip(PREFERRED, sorted(texts, key=_drawn), strict=True)
+    return row | {"tie": True}
+
+
+def _drawn(text: object) -> bytes:
+    return hashlib.sha256(repr(text).encode("utf-8", "surrogatepass")).digest()
 
 
 def information(differences: Tensor) -> Information:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from threading import Event
 from typing import Any
@@ -105,34 +105,42 @@ class HTTPScorer:
             TimeoutError: if it was silent in the last attempt.
             ValueError: if a reply is too long, no JSON, or has not one entry for each response.
         """
-        starts = range(0, len(responses), self.batch_size)
-        given_up = Event()
+        given_up, failures = Event(), list[Exception]()
+
+        def batch(at: int) -> list[Any]:
+            rows = slice(at, at + self.batch_size)
+            try:
+                return self._batch(prompts[rows], responses[rows], given_up)
+            except Exception as error:
+                failures.append(error)  # the first of them is the cause of the others
+                given_up.set()  # here, before this thread takes up another batch
+                raise
+
         pool = ThreadPoolExecutor(self.max_at_once)
         try:
-            batches = [
-                pool.submit(
-                    self._batch, prompts[at : at + self.batch_size], responses[at : at + self.batch_size], given_up
-                )
-                for at in starts
-            ]
-            return [score for batch in batches for score in batch.result()]
+            batches = [pool.submit(batch, at) for at in range(0, len(responses), self.batch_size)]
+            wait(batches, return_when=FIRST_EXCEPTION)
+            if failures:
+                raise failures[0]
+            return [score for each in batches for score in each.result()]
         finally:
-            given_up.set()  # after an error of one the others do not go on asking
+            given_up.set()  # after Ctrl-C too
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _batch(self, prompts: list[str], responses: list[str], given_up: Event) -> list[Any]:
         content = json.dumps(self.body(prompts, responses)).encode()
         for attempt in range(1, self.max_attempts + 1):
+            if given_up.is_set():
+                break
             try:
                 return self._understood(self._asked(content), len(responses))
             except (OSError, http.client.HTTPException) as error:
-                told, wait = self._failure(error, attempt)
-                if wait is None or attempt == self.max_attempts:
+                told, seconds = self._failure(error, attempt)
+                if seconds is None or attempt == self.max_attempts:
                     kind = TimeoutError if _is_silence(error) else ConnectionError
                     raise kind(f"{self.shown}: {told} (attempt {attempt} of {self.max_attempts})") from error
-                if given_up.wait(wait):
-                    raise ConnectionError(f"{self.shown}: given up with another batch; {told}") from error
-        raise AssertionError("the last attempt returns or raises")
+                given_up.wait(seconds)
+        raise ConnectionError(f"{self.shown}: given up with another batch")
 
     def _asked(self, content: bytes) -> bytes:
         """The body of one reply."""
@@ -167,7 +175,7 @@ class HTTPScorer:
 
     def _failure(self, error: Exception, attempt: int) -> tuple[str, float | None]:
         """What happened, and seconds to wait before asking again; None if that is useless."""
-        wait = min(self.longest_wait, self.first_wait * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1)
+        seconds = min(self.longest_wait, self.first_wait * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1)
         if not isinstance(error, urllib.error.HTTPError):
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             return f"{type(reason).__name__}: {reason}", None if isinstance(
@@ -182,7 +190,7 @@ class HTTPScorer:
             return told, None
         if asked > self.longest_wait:
             return f"{told}; it asks to wait {asked:.0f} s, above longest_wait ({self.longest_wait:g} s)", None
-        return told, max(wait, asked)
+        return told, max(seconds, asked)
 
 
 class _Unredirected(urllib.request.HTTPRedirectHandler):

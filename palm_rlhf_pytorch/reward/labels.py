@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palm_rlhf_pytorch.tensors import pad_ragged, split_rows
 from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Rating, Text, Vote
@@ -305,27 +305,35 @@ def _number_rows(numbers: Sequence[tuple[Label, int, float]]) -> NumberRows | No
 
 
 @torch.no_grad()
-def read_texts(read: Callable[..., Tensor], texts: Sequence[TokenText], *, max_tokens: int) -> Tensor:
-    """Numbers of texts, (..., b) on the CPU, from a function that gives (..., rows) for a batch of them.
+def read_texts(judge: nn.Module, read: Callable[..., Tensor], texts: Sequence[TokenText], *, max_tokens: int) -> Tensor:
+    """Numbers of texts, (..., b) on the CPU, from a method of a judge that gives (..., rows) for a batch of them.
 
     Args:
-        read: called as read(seq, mask, prompt_lengths=...), tensors on the CPU.
-        texts: b texts.
+        judge: put into eval mode meanwhile; says by its parameters where the batches go.
+        read: called as read(seq, mask, prompt_lengths=...).
+        texts: b texts, at least one.
         max_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
     """
+    training, device = judge.training, next(judge.parameters()).device
     found: Tensor | None = None
-    for rows, batch in text_batches(texts, max_tokens=max_tokens):
-        numbers = read(batch["seq"], batch["mask"], prompt_lengths=batch["prompt_lengths"]).float().cpu()
-        found = torch.zeros(*numbers.shape[:-1], len(texts)) if found is None else found
-        found[..., rows] = numbers
+    judge.eval()
+    try:
+        for rows, batch in text_batches(texts, max_tokens=max_tokens, device=device):
+            numbers = read(**batch).float().cpu()
+            found = torch.zeros(*numbers.shape[:-1], len(texts)) if found is None else found
+            found[..., rows] = numbers
+    finally:
+        judge.train(training)
     assert found is not None, "there is at least one text"
     return found
 
 
-def text_batches(texts: Sequence[TokenText], *, max_tokens: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of texts of similar length: their places, and seq, mask and prompt_lengths."""
+def text_batches(
+    texts: Sequence[TokenText], *, max_tokens: int, device: torch.device | None = None
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of texts of similar length: their places, and seq, mask and prompt_lengths, on a device."""
     lengths = [len(text.ids) for text in texts]
     for rows in split_rows(lengths, max_rows=len(lengths), max_tokens=max_tokens):
         seq, mask = pad_ragged([texts[row].ids for row in rows])
-        prompts = torch.tensor([texts[row].prompt_length for row in rows])
-        yield rows, {"seq": seq.long(), "mask": mask, "prompt_lengths": prompts}
+        prompts = torch.tensor([texts[row].prompt_length for row in rows], device=device)
+        yield rows, {"seq": seq.long().to(device), "mask": mask.to(device), "prompt_lengths": prompts}

@@ -281,11 +281,8 @@ def normalize_on(reward_model: RewardModel, encoded: EncodedLabels, *, max_token
     """
     texts = encoded.flat
     texts = texts[:: -(-len(texts) // MAX_REFERENCES)]
-    device = reward_model.head.weight.device
-    reward_model.normalize_scores(
-        {name: value.to(device) for name, value in batch.items()}
-        for _, batch in text_batches(texts, max_tokens=max_tokens)
-    )
+    batches = text_batches(texts, max_tokens=max_tokens, device=reward_model.head.weight.device)
+    reward_model.normalize_scores(batch for _, batch in batches)
 
 
 class _Best:

@@ -275,7 +275,7 @@ def _pair_lines(found: PairReport) -> list[str]:
     lines += _table("accuracy by margin", found.by_margin)
     lines += _table("accuracy by length, preferred minus other", found.by_length)
     if found.ties:
-        lines.append(f"{found.ties:,} ties are left out of the accuracy")
+        lines.append(f"ties, left out of the accuracy: {found.ties:,}")
     lines.append(f"loss {found.loss:.4f} nats a pair, mean score difference {_number(found.mean_difference)}")
     lines.append(
         f"correlation of scores and lengths {_number(found.score_length_correlation)},"

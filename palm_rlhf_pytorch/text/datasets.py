@@ -137,7 +137,7 @@ class Labels:
         lines += [f"  {number:,} {name}" for name, number in sorted(self.counts.items()) if number]
         for name in ("annotator", "group"):
             values = {getattr(record, name) for record in self.records} - {None}
-            lines += [f"  {len(values):,} {name}s"] if values else []
+            lines += [f"  {len(values):,} {name}{'s' * (len(values) != 1)}"] if values else []
         ratings = [record.value for record in self.records if isinstance(record, Rating)]
         if ratings:
             whole = "whole numbers" if all(value == int(value) for value in ratings) else "numbers"

@@ -33,6 +33,7 @@ GLOSSARY: dict[str, str] = {
     "policy/lr": "learning rate of the policy in this update",
     "policy/kl_exact": "mean over response tokens of the exact KL(policy || reference), taken while learning, nats",
     "policy/kl_loss": "KL to the reference in the loss of group methods, ratio times k3, before its coefficient, nats",
+    "policy/ptx_loss": "next-token cross entropy on the pretraining texts mixed in, before its coefficient, nats",
     "policy/ended_early": "1 where the update's learning ended because policy/approx_kl passed max_approx_kl, else 0",
     "value/loss": "clipped value loss, half the mean squared error over response tokens",
     "value/error": "mean squared error of the values against the returns, unclipped, over response tokens",

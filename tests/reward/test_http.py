@@ -167,14 +167,15 @@ def test_retry_after_is_obeyed_in_all_its_forms(wait):
 
 def test_an_error_of_one_batch_stops_the_others():
     def fails_once(handler, stopped):
-        handler.send_error(400 if handler.sent["responses"] == ["a"] else 500)
+        handler.send_error(400 if handler.sent["responses"] == ["bb"] else 500)
 
     with server(fails_once) as (url, seen):
         with pytest.raises(ConnectionError, match="status 400"):
             HTTPScorer(url, batch_size=1, max_at_once=2, first_wait=0.04, timeout=5.0)(*FOUR)
         count = len(seen)
         time.sleep(0.5)
-        assert len(seen) <= count + 1  # a request under way ends; none is repeated
+        assert len(seen) <= count + 1  # a request under way ends; none is repeated, and no other batch begins
+        assert [""] not in [sent["responses"] for _, _, sent in seen]
 
 
 @pytest.mark.parametrize(

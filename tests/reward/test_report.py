@@ -110,7 +110,7 @@ def test_report_reads_well_and_its_json_is_strict():
     for line in (
         "from a test",
         "  all                                             5   0.500   0.170 to 0.830",
-        "1 ties are left out of the accuracy",
+        "ties, left out of the accuracy: 1",
         "agreement of annotators on pairs: Krippendorff's alpha nominal 0.250, ordinal 0.500, interval -",
     ):
         assert line in table.splitlines()

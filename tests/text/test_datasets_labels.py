@@ -32,7 +32,7 @@ def test_a_mix_of_labels_is_read_from_several_files(tmp_path):
     for line in (
         "4 rows: 1 pair, 2 ratings, 1 vote, 0 bad",
         "2 without a prompt",
-        "1 annotators",
+        "1 annotator",
         "columns not read: source",
     ):
         assert line in labels.summary()
