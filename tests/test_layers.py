@@ -16,11 +16,13 @@ TREE = [
     (-1, "", "typecheck"),
     (-1, "", "products"),
     (-1, "", "tensors"),
+    (0, "", "truncation"),
     (0, "", "logprobs"),
+    (0, "", "exact_kl"),
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
-    (1, "text", "tokenizer dialogues records datasets pydocs"),
+    (1, "text", "tokenizer dialogues records columns rows datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient group preference direct"),
     (
         1,
@@ -36,16 +38,17 @@ TREE = [
     (
         3,
         "reward",
-        "settings texts files model functions expression verifiable classifier http caching labels learning ensemble "
-        "asking agreement report rules constitution",
+        "settings texts files model functions weighted expression verifiable classifier http caching labels "
+        "learning ensemble asking agreement figures report rules constitution",
     ),
     (
         4,
         "policy",
-        "prompts settings ppo_settings pretraining arguments actor_critic sharding rollout targets progress losses "
-        "scores answers records experience learning diagnostics groups doctor run group_settings probe premises "
-        "identities judge_checks preflight footprint pieces plan trainer_record trainer_state samples watch loop "
-        "trainer online ppo grpo direct_data dpo kto best_of_n rejection comparison evaluation ",
+        "prompts settings ppo_settings pretraining arguments actor_critic critic_start sharding rollout targets "
+        "progress losses scores answers records experience learning diagnostics groups doctor run group_settings "
+        "probe premises identities judge_checks preflight footprint pieces plan trainer_record trainer_state "
+        "samples watch loop trainer online ppo grpo direct_settings direct_data direct_records direct_model "
+        "direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison evaluation",
     ),
     (
         5,

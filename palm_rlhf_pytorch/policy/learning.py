@@ -111,12 +111,12 @@ class Learner:
         share = max(self.minibatch_size // self.accelerator.num_processes, 1)
         num_batches = int(self.ranks.max(torch.tensor(-(-len(rows) // share))))
         with self._warming_up(lesson):
-            return self._epochs(lesson, rows.tolist(), num_batches, share, progress, random, on_step)
+            return self._epochs(lesson, rows, num_batches, share, progress, random, on_step)
 
     def _epochs(
         self,
         lesson: Lesson,
-        rows: list[int],
+        rows: Tensor,
         num_batches: int,
         share: int,
         progress: Progress,
@@ -126,7 +126,7 @@ class Learner:
         """What is left of the epochs, in num_batches minibatches of `share` of this rank's rows each."""
         while progress.epoch < self.epochs and num_batches and not progress.is_over():
             epoch = progress.epoch
-            order = [rows[place] for place in torch.randperm(len(rows), generator=random("order", epoch)).tolist()]
+            order = rows[torch.randperm(len(rows), generator=random("order", epoch))].tolist()
             for number in range(progress.minibatch, num_batches):
                 seeded = _seeded(random("dropout", epoch, number), self._device) if self.draws else nullcontext()
                 with seeded:

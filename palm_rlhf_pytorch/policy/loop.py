@@ -206,7 +206,8 @@ class Loop:
         if trainer.flight is None:
             trainer.flight = Flight(taken, self.call.size, [trainer.run.round(0, trainer.updates)])
         flight = trainer.flight
-        trainer.prompts.taken, batch = flight.taken, trainer.next_prompts(flight.size)
+        trainer.prompts.taken = flight.taken
+        batch = trainer.next_prompts(flight.size)
         for _ in flight.rounds[1:]:  # each answers the prompts after those of the round before
             batch = trainer.next_prompts(flight.size)
         prompting = trainer.prompting(batch, **self.call.sampling)

@@ -60,7 +60,8 @@ def best_questions(
     found = information(scores[:, ::2] - scores[:, 1::2])
     numbers = zip(counted, *(tensor.tolist() for tensor in found), strict=True)
     questions = [Question(pair, *told) for pair, *told in numbers]
-    questions.sort(key=lambda question: (-question.gain, abs(question.probability - 0.5)))
+    # what is below a millionth of a nat is rounding
+    questions.sort(key=lambda question: (-round(question.gain, 6), abs(question.probability - 0.5)))
     asked: Counter[str] = Counter()
     chosen = []
     for question in questions:

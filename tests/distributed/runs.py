@@ -24,14 +24,15 @@ def count_sevens(sequences, *, prompt_mask, mask):
     return ((sequences == 7) & mask & ~prompt_mask).sum(dim=-1).float() - 0.1 * mask.sum(dim=-1)
 
 
-def make_trainer(*, reward_model=count_sevens, palm_options=None, **options):
+def make_trainer(*, reward_model=count_sevens, palm_options=None, kind=RLHFTrainer, **options):
     """A trainer over a tiny palm, the same in every process."""
     torch.manual_seed(0)
     sizes = {"num_tokens": 13, "dim": 12, "depth": 2, "dim_head": 6, "heads": 3, "ff_mult": 2}
     palm = PaLM(**sizes, **(palm_options or {}))
     torch.nn.init.normal_(palm.token_emb.weight, std=0.4)
-    settings = {"prompt_token_ids": PROMPTS, "actor_lr": 1e-3, "critic_lr": 1e-3, "accelerate_kwargs": {"cpu": True}}
-    return RLHFTrainer(palm=palm, reward_model=reward_model, **{**settings, **options})
+    settings = {"prompt_token_ids": PROMPTS, "actor_lr": 1e-3, "accelerate_kwargs": {"cpu": True}}
+    settings |= {"critic_lr": 1e-3} if kind is RLHFTrainer else {}
+    return kind(palm=palm, reward_model=reward_model, **{**settings, **options})
 
 
 def rank():

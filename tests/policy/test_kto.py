@@ -16,11 +16,11 @@ def votes(ups, downs):
 
 
 def test_votes_up_become_likelier_than_votes_down():
-    trainer = make_kto(held_out=some_pairs(5))
+    trainer = make_kto(held_out=some_pairs(5), lr=3e-2)
     before = trainer.evaluate()
     assert before == {"eval/loss": pytest.approx(0.5), "eval/accuracy": 0.5}  # sigma(0), weights of mean 1
-    found = trainer.train(6, use_tqdm=False)
-    assert found["eval/accuracy"] > 0.9 and found["eval/loss"] < 0.45
+    found = trainer.train(2, use_tqdm=False)
+    assert found["eval/accuracy"] > 0.8 and found["eval/loss"] < 0.45
     assert found["kto/reward_up"] > 0.1 > -0.1 > found["kto/reward_down"] and found["kto/baseline"] >= 0
 
 
@@ -32,7 +32,7 @@ def test_the_baseline_is_read_from_the_steps_other_responses():
     improved, ratios = trainer.export_palm(), []
     for row in rows:
         ids, prompt = trainer.votes.texts.ids[2 * row + 1].long(), trainer.votes.texts.prompt_lengths[2 * row + 1]
-        old, new = (palm(ids[None])[0].log_softmax(dim=-1) for palm in (trainer.policy.palm, improved))
+        old, new = (palm(ids[None])[0].detach().log_softmax(dim=-1) for palm in (trainer.policy.palm, improved))
         ratios.append(sum(float((new - old)[place - 1, ids[place]]) for place in range(prompt, len(ids))))
         own = trainer.votes.texts.ids[2 * row]
         assert ids[0] == own[0] and Letters()(("ab", "c", "dd")[row % 3])[0] == own[0]  # its own prompt

@@ -51,7 +51,7 @@ def ask(pairs, **options):
 def test_pairs_on_which_members_are_opposed_come_first():
     pairs = [
         pair("p", "ab", "ba", preference=0.9),  # a tie to both
-        pair("q", "a", "c"),  # both are sure of it
+        pair("q", "ab", "c"),  # both are sure of it
         pair("r", "aa", "bb", group="g", weight=0.0),  # opposed
         pair("s", "ab", "bb"),  # less so
     ]

@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 
-from palm_rlhf_pytorch.palm.copying import move_together
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, bootstrap, load_judge, lower_bound, mean, minimum
@@ -63,16 +62,13 @@ def test_members_score_as_they_do_alone_from_the_memory_of_one_trunk():
         assert memory(version) == trunk + own
         assert sum(1 for _ in version.parameters()) == len({id(parameter) for parameter in version.parameters()})
     assert memory(palm, ensemble) == memory(ensemble)
-    moved, other = deepcopy((ensemble, palm))
-    move_together(moved, other, device="cpu")
-    assert memory(moved, other) == memory(ensemble)
 
 
 def test_members_are_normalised_apart():
     ensemble = stirred(RewardEnsemble.of(small_palm(), 3, seed=0))
     with torch.no_grad():
         ensemble.models[1].head.bias.add_(100)
-    raw = ensemble.read(ids(6, 5))
+    raw = ensemble.read(ids(6, 5)).detach()
     assert torch.equal(ensemble.judge(ids(6, 5)).members, raw) and float(raw[1].min()) > 50
     ensemble.normalize_scores({"seq": part} for part in ids(6, 5).split(4))
     found = ensemble.judge(ids(6, 5)).members
@@ -132,7 +128,7 @@ def test_an_ensemble_is_a_judge_that_a_policy_learns_from(tmp_path):
 
 def test_a_bootstrap_draws_groups_with_replacement():
     labels = [
-        Vote(text=Text("", f"{number}"), up=True, group=None if number < 20 else f"{number % 7}", weight=0.5)
+        Vote(text=Text("", f"{number}"), up=True, group=None if number < 20 else f"g{number % 7}", weight=0.5)
         for number in range(90)
     ]
     first, again, other = (bootstrap(labels, seed=seed) for seed in (1, 1, 2))

@@ -1,0 +1,373 @@
+"""`palm-rlhf reward`: a reward model from what people said, a report of how well it follows them, and what to ask next.
+
+`palm-rlhf reward DATA...` trains and reports; `palm-rlhf reward ask PAIRS` lists the pairs most worth a person's time.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.pretrain import metrics_path
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.reward.agreement import annotator_weights, measure_agreement, merge_annotators
+from palm_rlhf_pytorch.reward.asking import best_questions, read_questions
+from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, bootstrap, load_judge
+from palm_rlhf_pytorch.reward.labels import EncodedLabels, read_texts
+from palm_rlhf_pytorch.reward.learning import RewardTraining, train_reward_model
+from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.reward.report import RewardReport, report_pairs, report_ratings, report_votes
+from palm_rlhf_pytorch.text.datasets import Labels, read_labels, skip_bad_record, split_by_group, stop_at_bad_record
+from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Rating, Vote
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.training.atomic import check_target, replacing
+from palm_rlhf_pytorch.training.checkpoint import Checkpoints
+from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.plots import reliability_plot
+from palm_rlhf_pytorch.training.saves import clear, strangers
+
+TOKENIZER = ByteTokenizer()
+ON_BAD_RECORD = {"stop": stop_at_bad_record, "skip": skip_bad_record}
+Judge = RewardModel | RewardEnsemble
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command, its options, and `ask`, which has options of its own."""
+    parser = subparsers.add_parser(
+        "reward",
+        help="train a reward model on what people said, and report how well it follows them",
+        usage="palm-rlhf reward DATA [DATA ...] --palm FILE [options]\n       palm-rlhf reward ask PAIRS --reward-model"
+        " FILE [options]",
+        description=(
+            "Train a byte-level reward model on pairs, rankings, ratings and thumbs, in any mix, and judge it on groups"
+            " of them that are held out. The report is printed, and written beside the model."
+        ),
+        epilog="`palm-rlhf reward ask --help` is about the pairs to ask a person about next.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("data", nargs="+", metavar="DATA", help="labels: .jsonl, .json, .csv or .tsv, also with .gz")
+    parser.add_argument(
+        "--palm", required=True, metavar="FILE", default=argparse.SUPPRESS, help="model, as `pretrain` saves it"
+    )
+    parser.add_argument("--out", type=Path, default=Path("reward_model.pt"), metavar="FILE", help="the reward model")
+    _add_options(parser)
+    asking = argparse.ArgumentParser(
+        prog="palm-rlhf reward ask",
+        description=(
+            "List the pairs of responses whose judgement would teach an ensemble of reward models most: those that its"
+            " members are sure of in opposite ways. A person writes a, b or tie for `choice`; then they are labels."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_ask_options(asking)
+    parser.parse_known_args = partial(_parse, parser.parse_known_args, asking)  # type: ignore[method-assign]
+    parser.set_defaults(run=run)
+
+
+def _parse(
+    train: Callable[..., Any], asking: argparse.ArgumentParser, args: Sequence[str] | None = None, *others: Any
+) -> Any:
+    """Arguments that begin with `ask` are its own, others those of training; a file of that name is `./ask`."""
+    if args and args[0] == "ask":
+        return asking.parse_known_args(list(args[1:]), *others)
+    return train(args, *others)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("the model")
+    model.add_argument("--bins", type=int, default=0, metavar="N", help="ratings are N bins; 0 for plain numbers")
+    model.add_argument("--label-offset", type=int, default=0, metavar="N", help="the lowest bin")
+    model.add_argument("--lora-r", type=int, default=8, metavar="R", help="rank of the adapter")
+    model.add_argument("--whole-trunk", action="store_true", help="train a copy of all weights, not an adapter")
+    model.add_argument("--members", type=int, default=1, metavar="N", help="reward models of an ensemble, on one trunk")
+    labels = parser.add_argument_group("labels")
+    labels.add_argument(
+        "--on-bad-record", choices=tuple(ON_BAD_RECORD), default="stop", help="what a row that cannot be read does"
+    )
+    labels.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the groups, to judge by")
+    labels.add_argument(
+        "--max-length", type=int, default=1024, metavar="N", help="bytes; longer prompts lose the start"
+    )
+    labels.add_argument(
+        "--weigh-annotators", action="store_true", help="who agrees more with the others counts for more"
+    )
+    learning = parser.add_argument_group("learning")
+    learning.add_argument("--epochs", type=int, default=2, metavar="N", help="passes over the labels, at most")
+    learning.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; 1e-3 suits dim 128")
+    learning.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="bytes of a batch")
+    learning.add_argument("--centering", type=float, default=0.0, metavar="C", help="pull of pairs' scores to mean 0")
+    learning.add_argument(
+        "--patience", type=int, default=4, metavar="N", help="evaluations, four an epoch, without a better one"
+    )
+    learning.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random")
+    learning.add_argument(
+        "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
+    )
+    add_device_argument(parser)
+
+
+def _add_ask_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pairs", metavar="PAIRS", help="response_a and response_b, or chosen and rejected, judged or not"
+    )
+    parser.add_argument(
+        "--reward-model", required=True, metavar="FILE", default=argparse.SUPPRESS,
+        help="ensemble, as `palm-rlhf reward DATA --members 5` makes it",
+    )  # fmt: skip
+    parser.add_argument("--count", type=int, default=20, metavar="N", help="questions at most")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="questions about one prompt at most")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines; without it they are printed")
+    parser.add_argument("--on-bad-record", choices=tuple(ON_BAD_RECORD), default="stop", help="as in training")
+    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="as in training")
+    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="as in training")
+    add_device_argument(parser)
+    parser.set_defaults(run=run_ask)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, train, report, save.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not what it should be, or an option is out of range.
+    """
+    device, palm = device_of(args), PaLM.from_checkpoint(args.palm)
+    if palm.num_tokens != TOKENIZER.num_tokens:
+        raise ValueError(
+            f"{args.palm} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}"
+        )
+    folders = _folders(args)
+    labels = read_labels(args.data, on_bad_record=ON_BAD_RECORD[args.on_bad_record])
+    print(labels.summary())
+    train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
+    weights = annotator_weights(train) if args.weigh_annotators else None
+    train, held_out = merge_annotators(train, weights=weights), merge_annotators(held_out)
+    print(f"{len(train):,} labels to learn from, {len(held_out):,} held out, whole groups of them")
+    judge = _new_judge(palm.to(device), args)
+    members = judge.models if isinstance(judge, RewardEnsemble) else [judge]
+    for number, (member, folder) in enumerate(zip(members, folders, strict=True)):
+        own = train if len(members) == 1 else bootstrap(train, seed=args.seed + number)
+        found = _train(member, own, held_out, args, folder, number)
+        if found.stopped is not None:
+            print(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
+            return 0
+        assert found.held_out is not None, "split_by_group leaves no side empty"
+        print(_told(found, number if len(members) > 1 else None))
+    judge.save(args.out)
+    _write_report(report_of(judge, found.held_out, labels, args), args.out)
+    for folder in folders:
+        clear(Checkpoints(folder))
+    _remove_if_empty(folders[0].parent)
+    print(f"saved {args.out}")
+    return 0
+
+
+def _folders(args: argparse.Namespace) -> list[Path]:
+    """A folder for each member's checkpoints; a wrong path is refused here, before the work."""
+    check_target(args.out)
+    if args.members < 1:
+        raise ValueError(f"--members {args.members}: must be at least 1")
+    parent = args.out.with_name(f"{args.out.stem}.run")
+    if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
+        raise ValueError(f"{parent} must be a folder, for the run's checkpoints; move it away, or choose another --out")
+    folders = [parent / f"member-{number}" for number in range(args.members)]
+    found = sorted(parent.iterdir()) if parent.is_dir() else []
+    foreign = [path for path in found if path not in folders] + [path for own in folders for path in strangers(own)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
+    if found and not hasattr(args, "resume"):
+        raise ValueError(f"{parent} holds an interrupted run: --resume goes on with it; remove it to begin anew")
+    return folders
+
+
+def _new_judge(palm: PaLM, args: argparse.Namespace) -> Judge:
+    settings = {
+        "num_binned_output": args.bins, "label_offset": args.label_offset, "lora_r": args.lora_r,
+        "use_lora": not args.whole_trunk,
+    }  # fmt: skip
+    if args.members > 1:
+        return RewardEnsemble.of(palm, args.members, seed=args.seed, **settings)
+    torch.manual_seed(args.seed)
+    return RewardModel(palm, **settings)
+
+
+def _train(
+    member: RewardModel,
+    train: Sequence[Label],
+    held_out: Sequence[Label],
+    args: argparse.Namespace,
+    folder: Path,
+    number: int,
+) -> RewardTraining:
+    """Train one member; its metrics go beside the model."""
+    resume, path = hasattr(args, "resume"), metrics_path(args.out)
+    if args.members > 1:
+        path = path.with_name(f"{args.out.stem}.{number}.metrics.jsonl")
+    if not resume:
+        path.unlink(missing_ok=True)  # of an earlier run that wrote the same model
+    return train_reward_model(
+        member, train, TOKENIZER, eos_token=TOKENIZER.eos_token, held_out=held_out, epochs=args.epochs, lr=args.lr,
+        max_length=args.max_length, max_tokens_per_batch=args.batch_tokens, centering=args.centering,
+        patience=args.patience, seed=args.seed + number, run_dir=folder, resume=resume, metrics=MetricsLog(path),
+        description="reward model" if args.members == 1 else f"member {number + 1} of {args.members}",
+    )  # fmt: skip
+
+
+def _told(found: RewardTraining, number: int | None) -> str:
+    """A run in a line or two."""
+    lines = [] if number is None else [f"member {number + 1}:"]
+    assert found.held_out is not None, "the command always holds labels out"
+    lines += _cuts(found.train, found.held_out)
+    accuracy = found.metrics.get("eval/accuracy")
+    lines.append(
+        f"  best after {found.best_step:,} of {found.num_steps:,} steps: held-out loss {found.metrics['eval/loss']:.4f}"
+        + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
+    )
+    return "\n".join(lines)
+
+
+def _cuts(*parts: EncodedLabels) -> list[str]:
+    """What was cut off, and left out; a line each, none where there is nothing to say."""
+    told = (
+        ("texts lost the beginning of their prompt (--max-length)", sum(part.cut_prompts for part in parts)),
+        (
+            "responses are longer than --max-length: cut, without their prompt",
+            sum(part.cut_responses for part in parts),
+        ),
+        ("labels have no weight and are left out", sum(part.weightless for part in parts)),
+    )
+    return [f"  {count:,} {what}" for what, count in told if count]
+
+
+def report_of(judge: Judge, held_out: EncodedLabels, labels: Labels, args: argparse.Namespace) -> RewardReport:
+    """Figures of a judge on held-out labels; of rankings, on the pairs they hold.
+
+    Args:
+        judge: one reward model, or an ensemble, whose members' mean is judged.
+        held_out: what it has not learnt from.
+        labels: all that was read, for the agreement between annotators.
+        args: names of the data, and bytes of a batch.
+    """
+    settings = (judge.models[0] if isinstance(judge, RewardEnsemble) else judge).settings
+    scores = iter(_raw_scores(judge, held_out, max_tokens=args.batch_tokens))
+    pairs: list[tuple[float, float, int, int, float, float | None]] = []
+    ratings: list[tuple[float, float, int]] = []
+    votes: list[tuple[float, bool]] = []
+    middle = settings.label_offset + max(settings.num_binned_output - 1, 0) / 2
+    for label, texts in zip(held_out.labels, held_out.texts, strict=True):
+        told = [(next(scores), len(text.ids) - text.prompt_length) for text in texts]
+        (score, length) = told[0]
+        if isinstance(label, Pair):
+            pairs.append((score, told[1][0], length, told[1][1], label.preference, label.margin))
+        elif isinstance(label, Ranking):
+            pairs += _ranked_pairs(label, told)
+        elif isinstance(label, Rating):
+            ratings.append((score, label.value, length))
+        elif isinstance(label, Vote):
+            votes.append((score - middle, label.up))
+    names = ", ".join(Path(path).name for path in args.data)
+    notes = [f"{len(held_out.labels):,} held-out labels of {names}; {len(labels.bad):,} bad records left out"]
+    of_pairs, of_ratings, of_votes = (list(zip(*numbers, strict=True)) for numbers in (pairs, ratings, votes))
+    return RewardReport(
+        pairs=_pair_report(*of_pairs) if pairs else None,
+        ratings=report_ratings(of_ratings[0], of_ratings[1], lengths=of_ratings[2]) if ratings else None,
+        votes=report_votes(*of_votes) if votes else None,
+        agreement=measure_agreement(labels.records),
+        notes=notes + [line.strip() for line in _cuts(held_out)],
+    )
+
+
+def _raw_scores(judge: Judge, encoded: EncodedLabels, *, max_tokens: int) -> list[float]:
+    """Scores in the labels' unit, of which differences are log-odds; an ensemble's are its members' mean."""
+    if isinstance(judge, RewardEnsemble):
+        return read_texts(judge, judge.read, encoded.flat, max_tokens=max_tokens).mean(dim=0).tolist()
+    return read_texts(judge, lambda **batch: judge.read(**batch).scores, encoded.flat, max_tokens=max_tokens).tolist()
+
+
+def _ranked_pairs(
+    label: Ranking, told: Sequence[tuple[float, int]]
+) -> list[tuple[float, float, int, int, float, float | None]]:
+    """The pairs of a ranking, the better text first; ties as ties."""
+    order = sorted(range(len(told)), key=lambda place: label.ranks[place])
+    return [
+        (told[first][0], told[second][0], told[first][1], told[second][1],
+         0.5 if label.ranks[first] == label.ranks[second] else 1.0, None)
+        for at, first in enumerate(order)
+        for second in order[at + 1 :]
+    ]  # fmt: skip
+
+
+def _pair_report(
+    chosen: Any, rejected: Any, chosen_lengths: Any, rejected_lengths: Any, likely: Any, margins: Any
+) -> Any:
+    return report_pairs(
+        chosen, rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, preferences=likely,
+        margins=margins,
+    )  # fmt: skip
+
+
+def _write_report(report: RewardReport, out: Path) -> None:
+    """Print it, and write it beside the model: .json, .md, and a plot where there are pairs."""
+    print(report.table())
+    plot = out.with_name(f"{out.stem}.reliability.png")
+    plot.unlink(missing_ok=True)  # of an earlier run
+    if report.pairs is not None:
+        try:
+            reliability_plot(report.pairs.bins, plot, title=f"{out.name} on held-out pairs")
+        except ImportError as error:
+            print(f"no reliability plot: {error}")
+    shown = f"\n![reliability]({plot.name})\n" if plot.exists() else ""
+    texts = {"json": report.to_json() + "\n", "md": f"# {out.name}\n\n```\n{report.table()}\n```\n{shown}"}
+    for suffix, text in texts.items():
+        path = out.with_name(f"{out.stem}.report.{suffix}")
+        with replacing(path) as file:
+            file.write(text.encode())
+        print(f"report: {path}")
+    if plot.exists():
+        print(f"report: {plot}")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def run_ask(args: argparse.Namespace) -> int:
+    """List the pairs whose judgement would teach most.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not what it should be, or an option is out of range.
+    """
+    if args.count < 1:
+        raise ValueError(f"--count {args.count}: must be at least 1")
+    if args.out is not None:
+        check_target(args.out)
+    judge = load_judge(args.reward_model)
+    if not isinstance(judge, RewardEnsemble):
+        raise ValueError(
+            f"{args.reward_model} holds one reward model, which cannot disagree with itself; make several of the same"
+            " labels: palm-rlhf reward DATA --members 5"
+        )
+    found = read_questions(args.pairs, on_bad_record=ON_BAD_RECORD[args.on_bad_record])
+    pairs = [label for label in found.records if isinstance(label, Pair)]
+    questions = best_questions(
+        judge.to(device_of(args)), pairs, TOKENIZER, eos_token=TOKENIZER.eos_token, max_length=args.max_length,
+        max_tokens_per_batch=args.batch_tokens, per_prompt=args.per_prompt,
+    )[: args.count]  # fmt: skip
+    rows = "".join(f"{json.dumps(question.row(), ensure_ascii=False)}\n" for question in questions)
+    told = f"{len(questions):,} of {found.rows:,} rows, {len(found.bad):,} bad; write a, b or tie for choice"
+    if args.out is None:
+        print(rows, end="")
+    else:
+        with replacing(args.out) as file:
+            file.write(rows.encode())
+        told += f" in {args.out}"
+    print(told, file=sys.stderr if args.out is None else sys.stdout)
+    return 0
