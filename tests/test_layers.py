@@ -16,9 +16,9 @@ TREE = [
     (-1, "", "typecheck"),
     (-1, "", "products"),
     (-1, "", "tensors"),
-    (0, "", "truncation"),
+    (-1, "", "truncation"),
     (0, "", "logprobs"),
-    (0, "", "exact_kl"),
+    (0.5, "", "exact_kl"),
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
@@ -39,16 +39,17 @@ TREE = [
         3,
         "reward",
         "settings texts files model functions weighted expression verifiable classifier http caching labels "
-        "learning ensemble asking agreement figures report rules constitution",
+        "learning ensemble asking agreement figures report assessment rules constitution",
     ),
     (
         4,
         "policy",
         "prompts settings ppo_settings pretraining arguments actor_critic critic_start sharding rollout targets "
-        "progress losses scores answers records experience learning diagnostics groups doctor run group_settings "
-        "probe premises identities judge_checks preflight footprint pieces plan trainer_record trainer_state "
-        "samples watch loop trainer online ppo grpo direct_settings direct_data direct_records direct_model "
-        "direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison evaluation",
+        "progress losses judging scores answers records rollout_file experience learning diagnostics groups doctor "
+        "watch samples run group_settings probe premises identities judge_checks preflight footprint pieces plan "
+        "trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
+        "direct_records direct_model direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison "
+        "evaluation",
     ),
     (
         5,

@@ -1,13 +1,13 @@
 """Log-probabilities of chosen tokens: by hand, and against the plain route over the whole vocabulary."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch import logprobs
-from palm_rlhf_pytorch.exact_kl import compared_logprobs
 from palm_rlhf_pytorch.logprobs import chosen_logprobs, logprobs_of
 
 NAN = float("nan")
@@ -73,14 +73,15 @@ def test_chosen_logprobs_of_no_token_are_empty() -> None:
     chosen.logprobs.sum().backward()
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3, "top_p": 0.95}])
 @pytest.mark.parametrize("entropy_grad", [True, False])
 @pytest.mark.parametrize("frozen", ["hidden", "weight", ""])
-def test_gradients_are_those_of_finite_differences(entropy_grad: bool, frozen: str) -> None:
+def test_gradients_are_those_of_finite_differences(cut: dict[str, Any], entropy_grad: bool, frozen: str) -> None:
     hidden, weight, ids = random_head(torch.float64)
     inputs = [x.detach().requires_grad_(name != frozen) for name, x in (("hidden", hidden), ("weight", weight))]
 
     def outputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        found = chosen_logprobs(hidden, weight, ids, temperature=0.7, entropy_grad=entropy_grad, chunk_size=4)
+        found = chosen_logprobs(hidden, weight, ids, temperature=0.7, entropy_grad=entropy_grad, chunk_size=4, **cut)
         assert found.entropy.requires_grad == entropy_grad
         return tuple(found)[: 1 + entropy_grad]
 
@@ -127,33 +128,35 @@ def test_second_derivative_is_refused() -> None:
         torch.autograd.grad(chosen, hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, None])
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_compared_logprobs_equal_whole_distributions(chunk_size: int | None, temperature: float) -> None:
-    hidden, weight, ids = random_head()
-    ref_hidden, ref_weight = hidden.detach().flip(0), weight.detach().roll(3, 0)
-    found = compared_logprobs(
-        hidden, weight, ids, ref_hidden=ref_hidden, ref_weight=ref_weight, temperature=temperature,
-        chunk_size=chunk_size,
-    )  # fmt: skip
-    own, ref = (
-        (x.detach().double() @ w.detach().double().T / temperature).log_softmax(dim=-1)
-        for x, w in ((hidden, weight), (ref_hidden, ref_weight))
-    )
-    expected = [table.gather(-1, ids[..., None])[..., 0] for table in (own, ref)]
-    torch.testing.assert_close(found.logprobs.double(), expected[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.ref_logprobs.double(), expected[1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.kl.double(), (own.exp() * (own - ref)).sum(-1), atol=1e-5, rtol=0)
-    chosen = chosen_logprobs(hidden, weight, ids, temperature=temperature, chunk_size=chunk_size)
-    assert torch.equal(found.logprobs, chosen.logprobs) and not found.kl.requires_grad
+# mass 0.1, 0.4, 0.05, 0.3, 0.15
+FIVE = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()[:, None]
 
 
-def test_compared_logprobs_of_equals_are_equal_and_their_kl_is_exactly_zero() -> None:
-    hidden, weight, ids = random_head()
-    found = compared_logprobs(hidden, weight, ids, ref_hidden=hidden, ref_weight=weight, temperature=0.7)
-    assert torch.equal(found.logprobs, found.ref_logprobs) and not found.kl.any()
-    with pytest.raises(ValueError, match=r"ref_hidden \(1, 5, 7\)"):
-        compared_logprobs(hidden, weight, ids, ref_hidden=hidden[:1], ref_weight=weight)
+@pytest.mark.parametrize(
+    ("cut", "chosen", "others"),
+    [
+        ({"top_k": 2}, 0.4, [0.3]),
+        ({"top_k": 2}, 0.15, [0.4, 0.3]),  # what was drawn stays, beside the two
+        ({"top_p": 0.75}, 0.3, [0.4, 0.15]),
+        ({"top_p": 0.75}, 0.05, [0.4, 0.3, 0.15]),
+        ({"top_k": 3, "top_p": 0.8}, 0.3, [0.4]),  # of the three the first two hold 0.82
+        ({"top_k": 1}, 0.4, []),
+    ],
+)
+def test_logprobs_of_a_cut_distribution_by_hand(cut: dict[str, Any], chosen: float, others: list[float]) -> None:
+    ids = (FIVE[:, 0] - math.log(chosen)).abs().argmin()[None]
+    found = chosen_logprobs(torch.ones(1, 1), FIVE, ids, **cut)
+    left = [p / (chosen + sum(others)) for p in (chosen, *others)]
+    assert found.logprobs.item() == pytest.approx(math.log(left[0]), abs=1e-6)
+    assert found.entropy.item() == pytest.approx(-sum(p * math.log(p) for p in left), abs=1e-6)
+
+
+def test_gradient_of_a_cut_distribution_leaves_out_what_is_cut() -> None:
+    # softmax over tokens 1, 3 and, drawn, 4: 8/17, 6/17, 3/17
+    logits = FIVE.T.clone().requires_grad_()
+    found = chosen_logprobs(logits, torch.eye(5), torch.tensor([4]), top_k=2)
+    (grad,) = torch.autograd.grad(found.logprobs.sum(), logits)
+    torch.testing.assert_close(grad, torch.tensor([[0.0, -8 / 17, 0.0, -6 / 17, 14 / 17]]))
 
 
 def test_entropy_of_uniform_distribution_is_plus_its_logarithm() -> None:
@@ -203,7 +206,8 @@ def test_logprobs_refuse_shapes_that_do_not_fit() -> None:
         chosen_logprobs(hidden, weight, ids[:, :4])
     with pytest.raises(ValueError, match=r"\(3, 5, 7\).*\(7, 11\)"):
         chosen_logprobs(hidden, weight.T, ids)
-    with pytest.raises(ValueError, match="chunk_size"):
-        chosen_logprobs(hidden, weight, ids, chunk_size=0)
+    for name, value in {"chunk_size": 0, "top_k": 0, "top_p": 1.5}.items():
+        with pytest.raises(ValueError, match=rf"{name} \({value}\)"):
+            chosen_logprobs(hidden, weight, ids, **{name: value})
     with pytest.raises(TypeError, match="float32"):
         logprobs_of(hidden, ids.float())

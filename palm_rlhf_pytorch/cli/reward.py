@@ -18,13 +18,14 @@ from palm_rlhf_pytorch.cli.pretrain import metrics_path
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.agreement import annotator_weights, measure_agreement, merge_annotators
 from palm_rlhf_pytorch.reward.asking import best_questions, read_questions
+from palm_rlhf_pytorch.reward.assessment import assess
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, bootstrap, load_judge
-from palm_rlhf_pytorch.reward.labels import EncodedLabels, read_texts
+from palm_rlhf_pytorch.reward.labels import EncodedLabels
 from palm_rlhf_pytorch.reward.learning import RewardTraining, train_reward_model
 from palm_rlhf_pytorch.reward.model import RewardModel
-from palm_rlhf_pytorch.reward.report import RewardReport, report_pairs, report_ratings, report_votes
-from palm_rlhf_pytorch.text.datasets import Labels, read_labels, skip_bad_record, split_by_group, stop_at_bad_record
-from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Rating, Vote
+from palm_rlhf_pytorch.reward.report import RewardReport
+from palm_rlhf_pytorch.text.datasets import read_labels, skip_bad_record, split_by_group, stop_at_bad_record
+from palm_rlhf_pytorch.text.records import Label, Pair
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
@@ -90,6 +91,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     labels.add_argument(
         "--on-bad-record", choices=tuple(ON_BAD_RECORD), default="stop", help="what a row that cannot be read does"
     )
+    labels.add_argument(
+        "--column", action="append", metavar="NAME=NEW", default=argparse.SUPPRESS,
+        help="a column's new name, sentence=text; NAME= leaves it out; may be given again",
+    )  # fmt: skip
     labels.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the groups, to judge by")
     labels.add_argument(
         "--max-length", type=int, default=1024, metavar="N", help="bytes; longer prompts lose the start"
@@ -143,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.palm} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}"
         )
     folders = _folders(args)
-    labels = read_labels(args.data, on_bad_record=ON_BAD_RECORD[args.on_bad_record])
+    columns = _columns(getattr(args, "column", []))
+    labels = read_labels(args.data, on_bad_record=ON_BAD_RECORD[args.on_bad_record], columns=columns)
     print(labels.summary())
     train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
     weights = annotator_weights(train) if args.weigh_annotators else None
@@ -157,15 +163,27 @@ def run(args: argparse.Namespace) -> int:
         if found.stopped is not None:
             print(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
             return 0
-        assert found.held_out is not None, "split_by_group leaves no side empty"
         print(_told(found, number if len(members) > 1 else None))
     judge.save(args.out)
-    _write_report(report_of(judge, found.held_out, labels, args), args.out)
+    assert found.held_out is not None, "split_by_group leaves no side empty"
+    notes = [f"{len(found.held_out.labels):,} held-out labels of {', '.join(Path(path).name for path in args.data)}"]
+    notes += [f"{len(labels.bad):,} bad records left out"] if labels.bad else []
+    agreement = measure_agreement(labels.records)
+    report = assess(judge, found.held_out, max_tokens_per_batch=args.batch_tokens, agreement=agreement, notes=notes)
+    _write_report(report, args.out)
     for folder in folders:
         clear(Checkpoints(folder))
     _remove_if_empty(folders[0].parent)
     print(f"saved {args.out}")
     return 0
+
+
+def _columns(given: Sequence[str]) -> dict[str, str | None]:
+    """New names by old ones, as `read_labels` takes them."""
+    for text in given:
+        if not text.partition("=")[0] or "=" not in text:
+            raise ValueError(f"--column {text}: write NAME=NEW, or NAME= to leave it out")
+    return {text.partition("=")[0]: text.partition("=")[2] or None for text in given}
 
 
 def _folders(args: argparse.Namespace) -> list[Path]:
@@ -227,9 +245,14 @@ def _told(found: RewardTraining, number: int | None) -> str:
     accuracy = found.metrics.get("eval/accuracy")
     lines.append(
         f"  best after {found.best_step:,} of {found.num_steps:,} steps: held-out loss {found.metrics['eval/loss']:.4f}"
+        + (" with its margins" if any(_has_margin(label) for label in found.held_out.labels) else "")
         + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
     )
     return "\n".join(lines)
+
+
+def _has_margin(label: Label) -> bool:
+    return isinstance(label, Pair) and bool(label.margin)
 
 
 def _cuts(*parts: EncodedLabels) -> list[str]:
@@ -243,73 +266,6 @@ def _cuts(*parts: EncodedLabels) -> list[str]:
         ("labels have no weight and are left out", sum(part.weightless for part in parts)),
     )
     return [f"  {count:,} {what}" for what, count in told if count]
-
-
-def report_of(judge: Judge, held_out: EncodedLabels, labels: Labels, args: argparse.Namespace) -> RewardReport:
-    """Figures of a judge on held-out labels; of rankings, on the pairs they hold.
-
-    Args:
-        judge: one reward model, or an ensemble, whose members' mean is judged.
-        held_out: what it has not learnt from.
-        labels: all that was read, for the agreement between annotators.
-        args: names of the data, and bytes of a batch.
-    """
-    settings = (judge.models[0] if isinstance(judge, RewardEnsemble) else judge).settings
-    scores = iter(_raw_scores(judge, held_out, max_tokens=args.batch_tokens))
-    pairs: list[tuple[float, float, int, int, float, float | None]] = []
-    ratings: list[tuple[float, float, int]] = []
-    votes: list[tuple[float, bool]] = []
-    middle = settings.label_offset + max(settings.num_binned_output - 1, 0) / 2
-    for label, texts in zip(held_out.labels, held_out.texts, strict=True):
-        told = [(next(scores), len(text.ids) - text.prompt_length) for text in texts]
-        (score, length) = told[0]
-        if isinstance(label, Pair):
-            pairs.append((score, told[1][0], length, told[1][1], label.preference, label.margin))
-        elif isinstance(label, Ranking):
-            pairs += _ranked_pairs(label, told)
-        elif isinstance(label, Rating):
-            ratings.append((score, label.value, length))
-        elif isinstance(label, Vote):
-            votes.append((score - middle, label.up))
-    names = ", ".join(Path(path).name for path in args.data)
-    notes = [f"{len(held_out.labels):,} held-out labels of {names}; {len(labels.bad):,} bad records left out"]
-    of_pairs, of_ratings, of_votes = (list(zip(*numbers, strict=True)) for numbers in (pairs, ratings, votes))
-    return RewardReport(
-        pairs=_pair_report(*of_pairs) if pairs else None,
-        ratings=report_ratings(of_ratings[0], of_ratings[1], lengths=of_ratings[2]) if ratings else None,
-        votes=report_votes(*of_votes) if votes else None,
-        agreement=measure_agreement(labels.records),
-        notes=notes + [line.strip() for line in _cuts(held_out)],
-    )
-
-
-def _raw_scores(judge: Judge, encoded: EncodedLabels, *, max_tokens: int) -> list[float]:
-    """Scores in the labels' unit, of which differences are log-odds; an ensemble's are its members' mean."""
-    if isinstance(judge, RewardEnsemble):
-        return read_texts(judge, judge.read, encoded.flat, max_tokens=max_tokens).mean(dim=0).tolist()
-    return read_texts(judge, lambda **batch: judge.read(**batch).scores, encoded.flat, max_tokens=max_tokens).tolist()
-
-
-def _ranked_pairs(
-    label: Ranking, told: Sequence[tuple[float, int]]
-) -> list[tuple[float, float, int, int, float, float | None]]:
-    """The pairs of a ranking, the better text first; ties as ties."""
-    order = sorted(range(len(told)), key=lambda place: label.ranks[place])
-    return [
-        (told[first][0], told[second][0], told[first][1], told[second][1],
-         0.5 if label.ranks[first] == label.ranks[second] else 1.0, None)
-        for at, first in enumerate(order)
-        for second in order[at + 1 :]
-    ]  # fmt: skip
-
-
-def _pair_report(
-    chosen: Any, rejected: Any, chosen_lengths: Any, rejected_lengths: Any, likely: Any, margins: Any
-) -> Any:
-    return report_pairs(
-        chosen, rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, preferences=likely,
-        margins=margins,
-    )  # fmt: skip
 
 
 def _write_report(report: RewardReport, out: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.palm.generation import Generation
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
-from palm_rlhf_pytorch.policy.scores import Judge, check_scores, judge_sequences
+from palm_rlhf_pytorch.policy.judging import Judge, check_scores, judge_sequences
 from palm_rlhf_pytorch.tensors import lengths_to_mask, pad_ragged
 
 

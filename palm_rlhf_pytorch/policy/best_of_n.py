@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.palm.generation import Generation
-from palm_rlhf_pytorch.policy.scores import Judge, judge_sequences
+from palm_rlhf_pytorch.policy.judging import Judge, judge_sequences
 from palm_rlhf_pytorch.tensors import align_left, check_masked, lengths_to_mask, pad_ragged, split_rows
 
 

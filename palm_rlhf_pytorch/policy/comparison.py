@@ -8,6 +8,7 @@ Error Bars to Evals", https://arxiv.org/abs/2411.00640). Knows no model; the fir
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,6 +196,7 @@ def mean_estimate(values: Tensor, prompts: Tensor) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
+@cache
 def student_quantile(freedom: int) -> float:
     """What Student's t exceeds, either way, in 5 % of cases.
 

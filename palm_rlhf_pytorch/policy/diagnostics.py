@@ -17,9 +17,10 @@ from torch import Tensor
 from palm_rlhf_pytorch.objectives.advantage import monte_carlo_returns
 from palm_rlhf_pytorch.objectives.policy_gradient import kl_k3
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.policy.scores import ScoreNormalizer, counted_scores, learnt_scores
+from palm_rlhf_pytorch.policy.scores import counted_scores, learnt_scores
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.targets import Lesson, Source, Targets
+from palm_rlhf_pytorch.reward.weighted import ScoreNormalizer
 from palm_rlhf_pytorch.tensors import Moments, RunningMoments, masked_moments
 from palm_rlhf_pytorch.training.ranks import Ranks
 
@@ -56,7 +57,8 @@ def lesson_from(
         source, counted, normalizer if settings.normalize_scores else None, penalty=settings.missing_eos_penalty,
         replacement=settings.missing_eos_score, reduce=ranks.sum,
     )  # fmt: skip
-    lesson = kind(source, scores, counted, kl_coef=kl_coef, version=version)
+    scale = 1.0 / (normalizer.std or 1.0) if settings.normalize_scores else 1.0
+    lesson = kind(source, scores, counted, kl_coef=kl_coef, version=version, reward_scale=scale)
     metrics = lesson.prepare(ranks, max_tokens=settings.max_batch_tokens)
     found = survey(lesson, source.scores, ranks=ranks, max_tokens=settings.max_batch_tokens)
     lesson.whitening = found.advantages if lesson.whitens else None

@@ -24,11 +24,11 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.arguments import check_trackers
 from palm_rlhf_pytorch.policy.direct_checks import prove
 from palm_rlhf_pytorch.policy.direct_data import Cuts, Encoder, Examples
-from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Objective, Reference, Tally, digest_of
+from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Objective, Reference, Tally, check_whole, digest_of
 from palm_rlhf_pytorch.policy.direct_settings import DirectSettings
 from palm_rlhf_pytorch.policy.direct_steps import Steps
+from palm_rlhf_pytorch.policy.judging import evaluating
 from palm_rlhf_pytorch.policy.preflight import Report
-from palm_rlhf_pytorch.policy.scores import evaluating
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import MetricsLog
@@ -95,6 +95,7 @@ class DirectTrainer:
         self.name, self.loss_name, self.settings, self.seed = name, loss_name, settings, seed
         self.encoder, self.examples, self.held_out = encoder, examples, held_out
         self.accelerator = Accelerator(**(accelerate_kwargs or {}))
+        check_whole(self.accelerator)
         self.ranks = Ranks(self.accelerator)
         if self.accelerator.log_with:
             kept = {field.name: str(getattr(settings, field.name)) for field in fields(settings)}

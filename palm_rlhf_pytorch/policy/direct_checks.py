@@ -16,9 +16,9 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.policy.direct_data import Encoder, Examples
 from palm_rlhf_pytorch.policy.direct_model import DirectPolicy
+from palm_rlhf_pytorch.policy.judging import evaluating
 from palm_rlhf_pytorch.policy.preflight import Check, Report
 from palm_rlhf_pytorch.policy.probe import FLOAT32, HALF, Finding, Gap, gap, listed
-from palm_rlhf_pytorch.policy.scores import evaluating
 from palm_rlhf_pytorch.products import product_dtype
 
 MAX_EXAMPLES = 6

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -117,6 +118,13 @@ class DirectPolicy(nn.Module):
             palm.merge_adapter(self.hat.adapter)
         palm.set_activation_checkpointing(False)
         return palm.eval()
+
+
+def check_whole(accelerator: Accelerator) -> None:
+    """Raise a ValueError where processes hold pieces of the weights: here each reads texts on its own."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"weights spread by {kind.value} are not supported here: launch with DDP, or one process")
 
 
 def digest_of(palm: PaLM) -> str:

@@ -49,7 +49,7 @@ class DirectSettings:
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing; `fit` and the adapters look at the others."""
-        for name in ("minibatch_size", "max_batch_tokens", "save_every"):
+        for name in ("lora_r", "minibatch_size", "max_batch_tokens", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not self.lr > 0:

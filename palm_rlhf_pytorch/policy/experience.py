@@ -1,6 +1,6 @@
-"""Experience on disk: the responses of an update appended to a file, and several such files as one source of rows.
+"""Experience on disk: several files of responses as one source of rows.
 
-    rollout -> RolloutFile.append -> records -> select(rows) -> what Rollout.select would have given, bit for bit
+    RolloutFile -> select(rows) -> what Rollout.select would have given, bit for bit
 
 Rows are read through a memory map: what nobody asks for stays on the disk. Knows no update and no checkpoint;
 `records.py` knows the bytes.
@@ -8,8 +8,6 @@ Rows are read through a memory map: what nobody asks for stays on the disk. Know
 
 import json
 import math
-import os
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,171 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.policy.judging import Judge, judge_source
 from palm_rlhf_pytorch.policy.records import (
-    FILE_START,
-    INDEX,
     NUMBERS,
-    RECORD_START,
     Decoder,
     Row,
     Spans,
-    checked_arrays,
     described,
-    file_header,
-    read_file_header,
-    read_row,
-    read_scores,
-    record,
-    scan,
-    scores_content,
 )
 from palm_rlhf_pytorch.policy.rollout import Rollout, Rows, row_batches
-from palm_rlhf_pytorch.policy.scores import Judge, judge_source
-from palm_rlhf_pytorch.training.atomic import check_target, replacing
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
+from palm_rlhf_pytorch.training.atomic import replacing
 
 GATHERED = 1 << 20  # bytes that are handed to the disk together
-
-
-class RolloutFile:
-    """The responses of one process in a file that only grows, and their scores, once there are some, in one beside.
-
-    What `append` returned from is on the disk. A last record that a crash cut short is left out, and overwritten by
-    the next; any other damage is refused. One process writes; others open the file for themselves.
-
-    Args:
-        path: opened and checked if it exists, otherwise made by the first `append`.
-        device: where `select` puts rows.
-        verify: whether opening compares each record with its checksum, for which it reads the whole file. Headers and
-            markers always are; False will do for what this process wrote itself.
-
-    Raises:
-        ValueError: if path is a folder, a link or a device, holds no rollouts, or is damaged before its end.
-    """
-
-    def __init__(self, path: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> None:
-        self.path, self.device = Path(path), torch.device(device)
-        self.scores_path = self.path.with_name(f"{self.path.name}.scores")
-        check_target(self.path)
-        self.temperature: float | None = None
-        self.eos_token: int | None = None
-        self._index, self._size, self._end = np.zeros(0, INDEX), 0, 0  # bytes of the file, and of its whole records
-        self._map: np.memmap[Any, np.dtype[np.uint8]] | None = None
-        if self.path.exists():
-            self._size = self.path.stat().st_size
-            self.temperature, self.eos_token = read_file_header(self.path)
-            self._index, self._end = scan(self.path, verify=verify)
-        self._scores = read_scores(self.scores_path, len(self))
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def append(self, rollout: Rollout) -> None:
-        """Add a record for each response, and wait until the disk has them all.
-
-        What lies beyond a row's lengths is not kept. Scores are, unless earlier rows have none.
-
-        Raises:
-            TypeError: if ids are not int32, or a number is not float32.
-            ValueError: if a length does not fit its row, a log-probability or a value is NaN or infinite (the row is
-                named), temperature or eos_token differ from the file's, or another process has changed the file.
-            OSError: if the disk refuses, naming path and bytes; the rows before are untouched.
-        """
-        arrays = checked_arrays(rollout)
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self._size:
-            raise ValueError(f"{self.path} has {size} bytes, not {self._size}: another process has changed it")
-        if not len(self):
-            self._begin(float(rollout.temperature), rollout.eos_token)
-        elif (rollout.temperature, rollout.eos_token) != (self.temperature, self.eos_token):
-            raise ValueError(
-                f"rollout has temperature {rollout.temperature} and eos_token {rollout.eos_token}, {self.path} has"
-                f" {self.temperature} and {self.eos_token}; append it to another file"
-            )
-        before = self._scores if len(self) else np.zeros(0, np.float32)
-        self._index, self._scores = np.concatenate((self._index, self._write(arrays))), None
-        if before is not None and rollout.scores is not None and len(self):
-            self.set_scores(torch.from_numpy(np.concatenate((before, arrays["scores"]))))
-
-    def read(self, row: int) -> Row:
-        """One row, as views of the file."""
-        if self._map is None:
-            self._map = np.memmap(self.path, mode="r", dtype=np.uint8)
-        return read_row(self._map, self._index[row])
-
-    def select(self, rows: Rows | Tensor) -> Rollout:
-        """See `Experience.select`."""
-        return Experience([self]).select(rows)
-
-    def spans(self) -> Spans:
-        """Tokens of prompt and of response of each row."""
-        return Spans(zip(self._index["prompt_lengths"], self._index["lengths"], strict=True))
-
-    def column(self, name: str) -> Tensor:
-        """What each row has of prompt_lengths, lengths, ended (0 or 1), prompt_rows or versions, int64, (n,)."""
-        return torch.tensor(self._index[name], device=self.device)
-
-    @property
-    def scores(self) -> Tensor | None:
-        """The judge's raw scores, float32, (n,), finite or not; None unless all rows have one."""
-        return None if self._scores is None else torch.tensor(self._scores, device=self.device)
-
-    def set_scores(self, scores: Tensor) -> None:
-        """Write the scores of all rows (n,) in place of any there are, whole or not at all.
-
-        Raises:
-            ValueError: if they are not one for each row, or there are no rows.
-        """
-        if not len(self) or scores.shape != (len(self),):
-            raise ValueError(
-                f"scores {tuple(scores.shape)} must be one for each of the {len(self)} rows of {self.path}"
-            )
-        values = scores.detach().cpu().float().numpy()
-        with replacing(self.scores_path) as file:
-            file.write(scores_content(values))
-        self._scores = values.copy()
-
-    def files(self) -> list[Path]:
-        """The files there are."""
-        return [path for path in (self.path, self.scores_path) if path.exists()]
-
-    def discard(self) -> None:
-        """Delete the files; rows can be appended anew."""
-        self.scores_path.unlink(missing_ok=True)  # first: never scores without what they are of
-        self.path.unlink(missing_ok=True)
-        self.temperature = self.eos_token = self._scores = self._map = None
-        self._index, self._size, self._end = np.zeros(0, INDEX), 0, 0
-
-    def _begin(self, temperature: float, eos_token: int | None) -> None:
-        """Make the file, with a header and no row; what it held without a whole record goes."""
-        self.scores_path.unlink(missing_ok=True)
-        with replacing(self.path) as file:
-            file.write(file_header(temperature, eos_token))
-        self.temperature, self.eos_token = temperature, eos_token
-        self._size = self._end = FILE_START
-
-    def _write(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """Put records behind the last whole one; their index."""
-        found, end = array("q"), self._end
-        try:
-            with self.path.open("r+b", buffering=GATHERED) as file:
-                file.truncate(end)
-                file.seek(end)
-                for row in range(len(arrays["lengths"])):
-                    content, entry = record(arrays, row, number=len(self) + row)
-                    file.write(content)
-                    found.extend((end + RECORD_START, *entry))
-                    end += len(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException as error:
-            os.truncate(self.path, self._end)
-            self._size, self._map = self._end, None
-            if not isinstance(error, OSError):
-                raise
-            reason = f"{error.strerror or error} while adding {end - self._end:,} bytes; the rows before are untouched"
-            raise OSError(error.errno, reason, str(self.path)) from error
-        self._size, self._end, self._map = end, end, None
-        return np.frombuffer(found, INDEX) if found else np.zeros(0, INDEX)
 
 
 class Experience:
@@ -265,6 +111,7 @@ class Experience:
             temperature=first.temperature,
             eos_token=first.eos_token,
             scores=None if scores is None else scores[wanted],
+            rewards=self._rewards(wanted, rows.steps),
         )
 
     def rescore(
@@ -286,19 +133,22 @@ class Experience:
         """
         if not len(self):
             return
-        scores = judge_source(
+        found = judge_source(
             judge, self, device=self.device, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
             where=where,
         )  # fmt: skip
+        scores, rewards = found.scores, found.rewards
         bad = int((~scores.isfinite()).sum())
         if bad > max_dropped * len(scores):
             raise ValueError(
                 f"{bad} of {len(scores)} scores in {where} are NaN or infinite, more than max_dropped"
                 f" ({max_dropped:.0%}): the old scores stay"
             )
-        for file, share in zip(self.files, scores.split([*map(len, self.files)]), strict=True):
+        sizes = [*map(len, self.files)]
+        every = [None] * len(sizes) if rewards is None else rewards.split(sizes)
+        for file, share, of_tokens in zip(self.files, scores.split(sizes), every, strict=True):
             if len(file):
-                file.set_scores(share)
+                file.set_scores(share, of_tokens)
 
     def to_jsonl(self, path: str | Path, tokenizer: Decoder | None) -> None:
         """Write a line for each response, for people to read; the file is replaced whole.
@@ -316,6 +166,18 @@ class Experience:
                 line = json.dumps(described(row, score, tokenizer), allow_nan=False)
                 file.write(line.encode() + b"\n")
 
+    def _rewards(self, wanted: list[int], steps: int) -> Tensor | None:
+        """What a judge gave each token of some rows, (b, t), where it did."""
+        if not any(file.rewards is not None for file in self.files):
+            return None
+        found = torch.zeros(len(wanted), steps)
+        for place, (file, row) in enumerate(self._places(wanted)):
+            rewards = file.rewards_of(row)
+            if rewards is None:
+                raise ValueError(f"{file.path} has scores alone, other files of this experience rewards per token")
+            found[place, : len(rewards)] = torch.from_numpy(rewards[:steps])
+        return found.to(self.device)
+
     @property
     def _first(self) -> RolloutFile:
         """A file with rows, which stands for all of them."""
@@ -327,13 +189,18 @@ class Experience:
 
     def _read(self, numbers: Iterable[int]) -> Iterator[Row]:
         """Rows by their number over all files."""
+        for file, row in self._places(numbers):
+            yield file.read(row)
+
+    def _places(self, numbers: Iterable[int]) -> Iterator[tuple[RolloutFile, int]]:
+        """In which file each row is, and where in it."""
         ends = np.cumsum([len(file) for file in self.files]).tolist()
         for number in numbers:
             if not 0 <= number < ends[-1]:
                 raise IndexError(f"row {number} is none of the {ends[-1]} rows of the experience")
             which = next(place for place, end in enumerate(ends) if number < end)
             file = self.files[which]
-            yield file.read(number - ends[which] + len(file))
+            yield file, number - ends[which] + len(file)
 
     def _column(self, name: str) -> Tensor:
         return torch.cat([file.column(name) for file in self.files])

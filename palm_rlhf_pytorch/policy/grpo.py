@@ -21,13 +21,14 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.group_settings import GroupSettings
 from palm_rlhf_pytorch.policy.groups import GroupLesson, group_numbers
+from palm_rlhf_pytorch.policy.judging import Judge
 from palm_rlhf_pytorch.policy.losses import GroupStepLoss
 from palm_rlhf_pytorch.policy.online import OnlineTrainer
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
 from palm_rlhf_pytorch.policy.run import Flight
-from palm_rlhf_pytorch.policy.scores import Judge
 from palm_rlhf_pytorch.policy.settings import settings_from
 from palm_rlhf_pytorch.policy.targets import Source
+from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.typecheck import typecheck
 
@@ -60,6 +61,7 @@ class GRPOTrainer(OnlineTrainer):
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
         pretraining: Tensor | np.ndarray | None = None,
+        watch: WatchSettings | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -80,6 +82,7 @@ class GRPOTrainer(OnlineTrainer):
             metrics_path: likewise.
             accelerate_kwargs: likewise.
             pretraining: likewise.
+            watch: likewise.
             **settings: the fields of GroupSettings and of PolicySettings, where each is described; `objective` first.
 
         Raises:
@@ -94,7 +97,7 @@ class GRPOTrainer(OnlineTrainer):
         super().__init__(
             palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=False,
             loss=self._loss(chosen, max_length=1), prompts=sources, seed=seed, run_dir=run_dir,
-            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining, watch=watch,
         )  # fmt: skip
         self.lesson = self._lesson
 

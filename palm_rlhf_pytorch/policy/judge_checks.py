@@ -6,9 +6,9 @@ Scores are asked for as training asks for them. Knows nothing of the policy but 
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.policy.judging import Judge, judge_sequences, uncached
 from palm_rlhf_pytorch.policy.probe import Finding, Probe
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.policy.scores import Judge, judge_sequences
 from palm_rlhf_pytorch.tensors import pad_ragged
 
 UNMOVED = 0.01  # a score that a swapped response moves by less, in deviations of the scores, does not follow it
@@ -130,6 +130,6 @@ def _moved(probe: Probe, swapped: Rollout) -> bool:
 def _judged(probe: Probe, texts: Rollout, *, judge: Judge | None = None, where: str = "preflight") -> Tensor:
     """Scores by the judge, or by another."""
     return judge_sequences(
-        judge or probe.trainer.reward_model, texts.sequences, texts.prompt_mask, texts.mask, where=where,
+        uncached(judge or probe.trainer.reward_model), texts.sequences, texts.prompt_mask, texts.mask, where=where,
         timeout=probe.settings.judge_timeout, **probe.settings.batch_limits(),
     )  # fmt: skip

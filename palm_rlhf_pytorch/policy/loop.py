@@ -21,13 +21,18 @@ from tqdm.auto import tqdm
 
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.diagnostics import headline, timing_metrics
-from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
+from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.judging import Judged
 from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
+from palm_rlhf_pytorch.policy.rollback import roll_back
 from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts, row_batches
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.policy.run import Flight
+from palm_rlhf_pytorch.policy.samples import SampleLog
 from palm_rlhf_pytorch.policy.trainer_state import Trainer, restore_state, state_of
+from palm_rlhf_pytorch.policy.watch import Verdict
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import linear_to_zero, scale_learning_rates
@@ -38,6 +43,8 @@ class Trainable(Trainer, Protocol):
     """What the loop asks of a trainer beside its state."""
 
     metrics: MetricsLog
+    samples: SampleLog
+    tokenizer: Any
 
     def next_prompts(self, count: int) -> PromptBatch:
         """This process's share of the next prompts."""
@@ -53,8 +60,8 @@ class Trainable(Trainer, Protocol):
         """A random state that follows from the seed."""
         ...
 
-    def judged(self, source: Experience) -> Tensor:
-        """The judge's scores of all rows; not too many without one."""
+    def judged(self, source: Experience) -> Judged:
+        """What the judge says of all rows; not too many are without a score."""
         ...
 
     def wants_more(self, flight: Flight) -> bool:
@@ -121,6 +128,7 @@ def begin(trainer: Trainable, call: Call, resume: str | Path | None) -> Call:
         trainer.prompts.taken, trainer.flight = trainer.flight.taken, None
     if resume is not None or (not run.begun and trainer.metrics.path == run.metrics_path):
         trainer.metrics.rewind(trainer.updates)  # of a run that came further than its last checkpoint, or to none
+        trainer.samples.rewind(trainer.updates)
     run.begun = True
     return call
 
@@ -132,6 +140,7 @@ class Loop:
         self.trainer, self.call = trainer, call
         self.show = use_tqdm and trainer.accelerator.is_main_process
         self.unsaved = False  # whether anything was done since the last checkpoint
+        self.verdict: Verdict | None = None
         self.stop = StopSignal(trainer.ranks, enabled=trainer.run.checkpoints is not None)
 
     def run(self) -> tuple[list[dict[str, float]], str | None]:
@@ -141,10 +150,14 @@ class Loop:
             place = f"{self.call.done} of {self.call.num_episodes} episodes"
             self.say(f"going on after update {self.trainer.updates}, at {place}")
         done, total = self.call.done, self.call.num_episodes
-        with self.stop, tqdm(total=total, initial=done, disable=not self.show, desc="ppo", unit="episode") as bar:
+        name = type(self.trainer).__name__.removesuffix("Trainer").lower().replace("rlhf", "ppo")
+        with self.stop, tqdm(total=total, initial=done, disable=not self.show, desc=name, unit="episode") as bar:
             try:
                 while self.call.done < total:
                     history.append(self.update(bar))
+                    if self.verdict is not None:
+                        self.say(roll_back(self.trainer, self.verdict))
+                        return history, "watch"
                     self.stop.check()
             except Stopped:
                 if self.unsaved:
@@ -181,7 +194,7 @@ class Loop:
             flight.rounds.append(trainer.run.round(len(flight.rounds), trainer.updates))
             flight.held_out = None
         sampled = time.perf_counter()
-        metrics = self.learn(flight) | (flight.held_out or {})  # 3. learn
+        metrics = self.learn(flight) | flight.figures  # 3. learn
         tokens = sum(length for _, length in flight.sampled.spans())
         metrics |= timing_metrics(tokens, started, sampled, ranks=trainer.ranks, device=trainer.accelerator.device)
         self.call.done += flight.size
@@ -191,8 +204,16 @@ class Loop:
         with trainer.ranks.together():
             trainer.run.prune(trainer.updates)
             trainer.metrics.log(metrics, step=trainer.updates)  # 4. record
+            trainer.samples.log_extremes(
+                flight.sampled, trainer.settings.keep_samples, step=trainer.updates, ranks=trainer.ranks,
+                tokenizer=trainer.tokenizer, held_out_scores=flight.held_out_scores,
+            )  # fmt: skip
         for finding in trainer.doctor.examine(metrics):
             self.say(f"update {trainer.updates}: {finding}")
+        if trainer.watch is not None:
+            self.verdict = trainer.watch.examine(metrics, step=trainer.updates)
+            if trainer.watch.best_step is not None:
+                trainer.run.pin(trainer.watch.best_step)
         bar.set_postfix(headline(metrics), refresh=False)
         bar.update(flight.size)
         if trainer.updates % trainer.settings.save_every == 0 or self.call.done >= self.call.num_episodes:
@@ -244,9 +265,10 @@ class Loop:
         trainer = self.trainer
         try:
             if flight.file.scores is None and len(flight.file):
-                scores = trainer.judged(Experience([flight.file]))
+                found = trainer.judged(Experience([flight.file]))
+                flight.add_parts(found.parts, trainer.ranks)
                 with trainer.ranks.together():
-                    flight.file.set_scores(scores)
+                    flight.file.set_scores(found.scores, found.rewards)
             if flight.held_out is None:
                 flight.held_out = self._held_out(flight)
         except Exception:  # on every process alike
@@ -261,6 +283,7 @@ class Loop:
         scores = self.trainer.held_out_scores(flight.sampled)
         if scores is None:
             return {}
+        flight.held_out_scores = scores
         known = scores[scores.isfinite()].double()
         total, count = self.trainer.ranks.sum(torch.stack([known.sum(), torch.tensor(len(known)).double()])).tolist()
         return {"reward/held_out_score": total / count if count else float("nan")}
@@ -305,7 +328,7 @@ class Loop:
                 continue
             spans = file.spans()
             for rows in row_batches(spans, range(len(spans)), device=torch.device("cpu"), **limits):
-                old = file.select(rows)
+                old = Experience([file]).select(rows)
                 with trainer.accelerator.autocast():
                     new = observed(
                         trainer.actor_critic, old.to(trainer.accelerator.device),

@@ -10,10 +10,10 @@ from pathlib import Path
 from palm_rlhf_pytorch.policy.arguments import Call, check_train_arguments
 from palm_rlhf_pytorch.policy.diagnostics import lesson_from
 from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.judging import raw_scores
 from palm_rlhf_pytorch.policy.loop import Loop, begin
 from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.policy.scores import raw_scores
 from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.policy.trainer import PolicyTrainer
 

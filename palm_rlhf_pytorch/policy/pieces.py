@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.objectives.group import Counts
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.footprint import LiveBytes, clock
+from palm_rlhf_pytorch.policy.judging import Judge, evaluating
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.rollout import recorded
-from palm_rlhf_pytorch.policy.scores import Judge, evaluating
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.targets import Targets
 from palm_rlhf_pytorch.tensors import lengths_to_mask, split_rows

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.arguments import Call
+from palm_rlhf_pytorch.policy.judging import Judge
 from palm_rlhf_pytorch.policy.losses import PPOLoss
 from palm_rlhf_pytorch.policy.online import OnlineTrainer
 from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
-from palm_rlhf_pytorch.policy.scores import Judge
 from palm_rlhf_pytorch.policy.settings import settings_from
 from palm_rlhf_pytorch.policy.targets import Lesson
+from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.typecheck import typecheck
 
@@ -57,6 +58,7 @@ class RLHFTrainer(OnlineTrainer):
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
         pretraining: Tensor | np.ndarray | None = None,
+        watch: WatchSettings | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -81,6 +83,8 @@ class RLHFTrainer(OnlineTrainer):
             accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
             pretraining: token ids (n,), a tensor, array or memory map, of which random windows are read in each step
                 where `ptx_coef` asks for it.
+            watch: when to end the run and go back to the best policy, by the held-out judge or by signs that the judge
+                is being fooled (`policy/watch.py`); it needs a run_dir. None never does.
             **settings: the fields of PPOSettings and of PolicySettings, where each is described.
 
         Raises:
@@ -95,7 +99,7 @@ class RLHFTrainer(OnlineTrainer):
         super().__init__(
             palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=True,
             loss=PPOLoss(**chosen.loss_arguments()), prompts=sources, seed=seed, run_dir=run_dir,
-            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining, watch=watch,
         )  # fmt: skip
         self.lesson = partial(
             Lesson, gamma=chosen.gamma, gae_lambda=chosen.gae_lambda, importance_cap=chosen.importance_cap

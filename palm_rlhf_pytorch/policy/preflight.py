@@ -23,9 +23,9 @@ from palm_rlhf_pytorch.policy.judge_checks import (
     judge_tells_apart,
     normalisation,
 )
+from palm_rlhf_pytorch.policy.judging import evaluating
 from palm_rlhf_pytorch.policy.premises import end_token, memory_fits, optimizer, prompts_fit, weights
 from palm_rlhf_pytorch.policy.probe import Finding, Probe, Status, Trainer, sampling
-from palm_rlhf_pytorch.policy.scores import evaluating
 
 WIDTH = 110  # columns of the table
 

@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic, PolicyOutput
+from palm_rlhf_pytorch.policy.judging import Judge
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, Rows, collect_rollout, row_batches
-from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.products import product_dtype
+from palm_rlhf_pytorch.reward.weighted import ScoreNormalizer
 from palm_rlhf_pytorch.tensors import pad_ragged
 
 Status = Literal["ok", "warn", "fail", "skip"]

@@ -27,12 +27,12 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.arguments import check_judge, check_trackers
 from palm_rlhf_pytorch.policy.best_of_n import Best, best_of_n
 from palm_rlhf_pytorch.policy.direct_data import TokenTexts
-from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Figures, digest_of
+from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Figures, check_whole, digest_of
 from palm_rlhf_pytorch.policy.direct_settings import settings_from
 from palm_rlhf_pytorch.policy.direct_steps import Steps
+from palm_rlhf_pytorch.policy.judging import Judge
 from palm_rlhf_pytorch.policy.kept import Kept, KeptExamples, read_kept
 from palm_rlhf_pytorch.policy.prompts import prompts_from
-from palm_rlhf_pytorch.policy.scores import Judge
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -107,6 +107,7 @@ class RejectionTrainer:
         self.judge, self.seed, self.max_batch_size = reward_model, seed, max_batch_size
         self.num_samples, self.min_score = num_samples, min_score
         self.accelerator = Accelerator(**(accelerate_kwargs or {}))
+        check_whole(self.accelerator)
         self.ranks = Ranks(self.accelerator)
         if self.accelerator.log_with:
             self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, "num_samples": num_samples})

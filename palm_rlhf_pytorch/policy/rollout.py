@@ -34,6 +34,7 @@ class Rollout(NamedTuple):
     temperature: of sampling, and so of every log-probability.
     eos_token: the id that ends a response, None if none does.
     scores: the judge's raw scores, (b,); None before judging. A response without a finite score counts nowhere.
+    rewards: what the judge gave each response token, (b, t), raw; the score is their sum. None if it gave scores alone.
     """
 
     sequences: Tensor
@@ -50,6 +51,7 @@ class Rollout(NamedTuple):
     temperature: float
     eos_token: int | None
     scores: Tensor | None = None
+    rewards: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +103,7 @@ class Rollout(NamedTuple):
             temperature=self.temperature,
             eos_token=self.eos_token,
             scores=None if self.scores is None else self.scores[index],
+            rewards=None if self.rewards is None else self.rewards[index, :steps],
         )
 
     def spans(self) -> list[tuple[int, int]]:

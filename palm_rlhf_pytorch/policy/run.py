@@ -12,16 +12,26 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.progress import Progress
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
+from palm_rlhf_pytorch.policy.watch import WatchSettings, nearest_step
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint, Checkpoints
+from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name, step_of
 from palm_rlhf_pytorch.training.ranks import Ranks
 
 MAX_ROUNDS = 64  # of one update
-NAME = re.compile(r"(?P<kind>update|refreshed|round\d+)-(?P<number>\d{8})\.rank-(?P<rank>\d+)\.rollouts(\.scores)?")
+KINDS, PARTS = r"(?P<kind>update|refreshed|round\d+)", r"\.rollouts(\.scores|\.rewards)?"
+NAME = re.compile(KINDS + r"-(?P<number>\d{8})\.rank-(?P<rank>\d+)" + PARTS)
+    r"(?P<kind>update|refreshed|round\d+)-(?P<number>\d{8})\.rank-(?P<rank>\d+)\.rollouts(\.scores|\.rewards)?"
+)
 
 
 @dataclass
@@ -36,6 +46,8 @@ class Flight:
         refreshed: older responses as the policy sees them at the beginning of the update, where such are learnt from.
         progress: how far learning has come; None before it.
         held_out: what the held-out judge says of the responses, as metrics; None before it was asked.
+        parts: where several judges make one, the sum of each one's finite scores and their number, over all processes.
+        held_out_scores: the same, of each response, (n,), as long as the process lives.
     """
 
     taken: int
@@ -44,6 +56,22 @@ class Flight:
     refreshed: RolloutFile | None = None
     progress: Progress | None = None
     held_out: dict[str, float] | None = None
+    held_out_scores: Tensor | None = None
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_parts(self, parts: Mapping[str, Tensor], ranks: Ranks) -> None:
+        """Take in what each of several judges gave in a round, (n,) by name; every process must call it."""
+        for name, scores in parts.items():
+            known = scores[scores.isfinite()].double()
+            own = torch.stack([known.sum(), torch.tensor(len(known), dtype=torch.float64)])
+            before = self.parts.get(name, [0.0, 0.0])
+            self.parts[name] = [a + b for a, b in zip(before, ranks.sum(own).tolist(), strict=True)]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the judges say beside the score, as metrics."""
+        means = {f"reward/{name}": total / count for name, (total, count) in self.parts.items() if count}
+        return means | (self.held_out or {})
 
     @property
     def experience(self) -> Experience:
@@ -104,6 +132,43 @@ class Run:
     def metrics_path(self) -> Path | None:
         """Where the metrics of each update go."""
         return None if self.folder is None else self.folder / "metrics.jsonl"
+
+    @property
+    def samples_path(self) -> Path | None:
+        """Where the best and worst responses of each update go."""
+        return None if self.checkpoints is None or self.folder is None else self.folder / "samples.jsonl"
+
+    def keep_for(self, watch: WatchSettings | None) -> None:
+        """Keep so many checkpoints that the one which a watch will call the best is still there when it does.
+
+        Raises:
+            ValueError: if there is a watch and no folder.
+        """
+        if watch is None:
+            return
+        if self.checkpoints is None:
+            raise ValueError("watch goes back to a checkpoint: give the trainer a run_dir")
+        self.checkpoints.keep_last = max(self.checkpoints.keep_last, watch.window + 2)
+
+    def finished(self) -> dict[int, Path]:
+        """The checkpoints that were taken at the end of an update, by how many updates the policy had had."""
+        found: dict[int, Path] = {}
+        for step in [] if self.checkpoints is None else self.checkpoints.steps():
+            assert self.checkpoints is not None, "it has steps"
+            path = self.checkpoints.folder / step_name(step)
+            with suppress(CheckpointError):
+                values = read_manifest(path).values
+                if values["flight"] is None:
+                    found[int(values["counters"]["updates"])] = path
+        return found
+
+    def pin(self, updates: int) -> None:
+        """Keep the checkpoint nearest to the policy of so many updates, whatever comes after it, and no other so."""
+        if self.checkpoints is not None:
+            places = self.finished()
+            nearest = nearest_step(updates, list(places))
+            step = None if nearest is None else step_of(places[nearest].name)
+            self.checkpoints.pinned = set() if step is None else {step}
 
     @property
     def experience_folder(self) -> Path:

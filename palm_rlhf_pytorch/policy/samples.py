@@ -19,6 +19,7 @@ from palm_rlhf_pytorch.policy.records import Decoder
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
 from palm_rlhf_pytorch.policy.targets import Source
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.ranks import Ranks
 
 Sample = dict[str, Any]
 
@@ -106,6 +107,25 @@ class SampleLog:
         except OSError as error:
             reason = f"{error.strerror or error}: {len(text):,} bytes of samples were not written"
             raise OSError(error.errno, reason, str(self.path)) from error
+
+    def log_extremes(
+        self, source: Source, k: int, *, step: int, ranks: Ranks, tokenizer: object, held_out_scores: Tensor | None
+    ) -> None:
+        """Add the k best and the k worst scored responses of all processes, each of which must call it.
+
+        Args:
+            source: this process's.
+            k: 0 for none.
+            step: updates done.
+            ranks: all processes.
+            tokenizer: see `extremes`; ids are written where it cannot decode.
+            held_out_scores: see `extremes`.
+        """
+        if not k or self.path is None or source.scores is None:
+            return
+        decoder: Any = tokenizer if hasattr(tokenizer, "decode") else None
+        own = extremes(source, source.scores, k, tokenizer=decoder, held_out_scores=held_out_scores)
+        self.log(extremes_of([sample for samples in ranks.gather_values(own) for sample in samples], k), step)
 
     def rewind(self, step: int) -> None:
         """Take out the lines of steps after this one, which a run that goes on from there will write again."""

@@ -66,6 +66,8 @@ class PolicySettings:
         save_every: updates between two checkpoints of a run with a `run_dir`.
         save_every_steps: optimizer steps between two checkpoints inside an update; None for none.
         save_rollouts: write a checkpoint between scoring and learning too: where sampling takes longest.
+        keep_samples: responses of each update, the best and as many of the worst, that are written to samples.jsonl in
+            the run_dir.
         keep_last: newest checkpoints that are kept.
         keep_best: name of a metric: the checkpoint where it was highest is kept too.
     """
@@ -102,6 +104,7 @@ class PolicySettings:
     save_every: int = 1
     save_every_steps: int | None = None
     save_rollouts: bool = False
+    keep_samples: int = 3
     keep_last: int = 2
     keep_best: str | None = None
 
@@ -120,7 +123,7 @@ class PolicySettings:
             "keep_experience", "save_every", "keep_last",
         )  # fmt: skip
         self.check_positive("max_norm", "judge_timeout", "save_every_steps", "max_approx_kl", optional=True)
-        self.check_least("actor_lr", "actor_wd", "missing_eos_penalty", "kl_exact_coef", "ptx_coef")
+        self.check_least("actor_lr", "actor_wd", "missing_eos_penalty", "kl_exact_coef", "ptx_coef", "keep_samples")
         self.check_share("max_dropped")
         check_sampling(temperature=1.0, top_k=self.top_k, top_p=self.top_p)
         if self.ptx_length < 2:

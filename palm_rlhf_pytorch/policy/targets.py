@@ -28,8 +28,13 @@ class Targets(NamedTuple):
     returns: Tensor
 
 
-def make_targets(rollout: Rollout, scores: Tensor, *, kl_coef: float, gamma: float, gae_lambda: float) -> Targets:
+def make_targets(
+    rollout: Rollout, scores: Tensor, *, kl_coef: float, gamma: float, gae_lambda: float, reward_scale: float = 1.0
+) -> Targets:
     """Rewards (KL penalty on each token, score on the last), advantages as GAE gives them, and returns.
+
+    Where a judge has given rewards per token they stand where it put them, and the last token has what is left of the
+    score: nothing, but for what normalising and penalties have changed.
 
     Args:
         rollout: responses with log-probabilities and values.
@@ -37,9 +42,13 @@ def make_targets(rollout: Rollout, scores: Tensor, *, kl_coef: float, gamma: flo
         kl_coef: price of a nat of KL to the reference.
         gamma: discount per token.
         gae_lambda: weight of longer returns.
+        reward_scale: what rewards per token are multiplied by, as the scores were.
     """
     mask = rollout.response_mask
-    rewards, kl = shaped_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef)
+    given = None if rollout.rewards is None else reward_scale * rollout.rewards.masked_fill(~mask, 0.0)
+    last = scores if given is None else scores - given.sum(dim=-1)
+    rewards, kl = shaped_rewards(last, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef)
+    rewards = rewards if given is None else rewards + given
     return Targets(rewards, kl, *gae(rewards, rollout.values, mask, gamma=gamma, gae_lambda=gae_lambda))
 
 
@@ -82,6 +91,7 @@ class Lesson:
         gae_lambda: weight of longer returns.
         version: how many updates the policy has had; rows sampled by an older one are weighted.
         importance_cap: bound on their importance weights.
+        reward_scale: see `make_targets`.
         whitens: whether advantages are whitened over all rows. values: whether there is a critic's to be looked at.
     """
 
@@ -96,6 +106,7 @@ class Lesson:
     gae_lambda: float = 0.95
     version: int = 0
     importance_cap: float = 2.0
+    reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.spans = self.source.spans()
@@ -122,8 +133,9 @@ class Lesson:
     def targets(self, rollout: Rollout, rows: Rows) -> Targets:
         """What some rows teach, before whitening."""
         return make_targets(
-            rollout, self.scores[rows.numbers], kl_coef=self.kl_coef, gamma=self.gamma, gae_lambda=self.gae_lambda
-        )
+            rollout, self.scores[rows.numbers], kl_coef=self.kl_coef, gamma=self.gamma, gae_lambda=self.gae_lambda,
+            reward_scale=self.reward_scale,
+        )  # fmt: skip
 
     def prepare(self, ranks: Ranks, *, max_tokens: int) -> dict[str, float]:
         """Look at all rows, before they are read, for what a method must know of them; figures of that, as metrics."""

@@ -27,6 +27,7 @@ from palm_rlhf_pytorch.policy.arguments import (
 )
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.judging import Judge, Judged, ask_source, judged
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.losses import Loss
 from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
@@ -35,9 +36,12 @@ from palm_rlhf_pytorch.policy.pretraining import pretraining_from
 from palm_rlhf_pytorch.policy.prompts import PromptBatch, one_prompt, padding_of, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
 from palm_rlhf_pytorch.policy.run import Flight, Run
-from palm_rlhf_pytorch.policy.scores import Judge, ScoreNormalizer, counted_scores, judge_source
+from palm_rlhf_pytorch.policy.samples import SampleLog
+from palm_rlhf_pytorch.policy.scores import counted_scores
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.trainer_state import restore_state, state_of
+from palm_rlhf_pytorch.policy.watch import Watch, WatchSettings
+from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -71,6 +75,7 @@ class PolicyTrainer:
         metrics_path: str | Path | None,
         accelerate_kwargs: Mapping[str, Any] | None,
         pretraining: Tensor | np.ndarray | None = None,
+        watch: WatchSettings | None = None,
     ) -> None:
         """Check and place what was given: arguments of `RLHFTrainer`, `prompts` being those of `prompts_from`.
 
@@ -105,6 +110,12 @@ class PolicyTrainer:
         )
         self.normalizer = ScoreNormalizer()
         self.doctor = Doctor(**settings.doctor_arguments())
+        self.watch = None if watch is None else Watch(watch)
+        self.run.keep_for(watch)
+        if isinstance(judge, JudgeSum):
+            self.metrics.define({f"reward/{name}": f"mean raw score of the judge {name!r}" for name in judge.judges})
+        self.samples = SampleLog(self.run.samples_path, accelerator=self.accelerator)
+        self.tokenizer = prompts["tokenizer"]
         self.kl_coef = settings.first_kl_coef
         self.rollouts = self.answers = self.episodes = self.updates = self.saves = 0
         self.call: Call | None = None
@@ -236,16 +247,17 @@ class PolicyTrainer:
                 left out, with a warning). An error that the judge itself raises passes through, with a note of the
                 update, the responses and the prompts.
         """
-        return rollout._replace(scores=self.judged(rollout).to(rollout.device))
+        found = self.judged(rollout).to(rollout.device)
+        return rollout._replace(scores=found.scores, rewards=found.rewards)
 
-    def judged(self, source: Rollout | Experience) -> Tensor:
-        """The judge's raw scores of all rows, (n,), on the CPU; errors as `score`, on every process alike."""
-        scores = self._judge(self.reward_model, source)
+    def judged(self, source: Rollout | Experience) -> Judged:
+        """What the judge says of all rows, on the CPU; errors as `score`, on every process alike."""
+        found = self._judge(self.reward_model, source)
         counted_scores(
-            scores, source.prompt_rows.to("cpu"), ranks=self.ranks, max_dropped=self.settings.max_dropped,
+            found.scores, source.prompt_rows.to("cpu"), ranks=self.ranks, max_dropped=self.settings.max_dropped,
             where=f"update {self.updates + 1}",
         )  # fmt: skip
-        return scores
+        return found
 
     def wants_more(self, flight: Flight) -> bool:
         """Whether to sample another round of prompts before learning; all processes say the same."""
@@ -253,7 +265,7 @@ class PolicyTrainer:
 
     def held_out_scores(self, source: Rollout | Experience) -> Tensor | None:
         """The held-out judge's raw scores of all rows, (n,), on the CPU; None if there is no such judge."""
-        return None if self.held_out_judge is None else self._judge(self.held_out_judge, source)
+        return None if self.held_out_judge is None else self._judge(self.held_out_judge, source).scores
 
     @torch.no_grad()
     @typecheck
@@ -344,11 +356,12 @@ class PolicyTrainer:
         """Random state of learning in an update: on the CPU, whatever the device."""
         return self.generator(purpose, update, *counts, cpu=True)
 
-    def _judge(self, judge: Judge, source: Rollout | Experience) -> Tensor:
-        """Scores by a judge; if it fails on one process, all of them raise."""
+    def _judge(self, judge: Judge, source: Rollout | Experience) -> Judged:
+        """What a judge says; if it fails on one process, all of them raise."""
         with self.ranks.together():
-            scores = judge_source(
+            found = ask_source(
                 judge, source, device=self.accelerator.device, where=f"update {self.updates + 1}",
                 timeout=self.settings.judge_timeout, **self.settings.batch_limits(),
             )  # fmt: skip
-        return scores
+        lengths = torch.tensor([steps for _, steps in source.spans()])
+        return judged(judge, found, lengths, reduce=self.ranks.sum)

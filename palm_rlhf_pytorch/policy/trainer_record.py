@@ -14,6 +14,7 @@ import torch
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.progress import Progress
+from palm_rlhf_pytorch.policy.watch import Watch
 from palm_rlhf_pytorch.training.random_states import check_random_states
 
 COUNTERS = ("rollouts", "answers", "episodes", "updates", "saves")
@@ -29,6 +30,7 @@ class FlightRecord:
     max_batch_size: int
     refreshed: bool
     held_out: dict[str, float] | None
+    parts: dict[str, list[float]]
     progress: dict[str, Any] | None
 
 
@@ -45,6 +47,8 @@ class Record:
     kl_coef: float
     normalizer: dict[str, float | None]
     doctor: dict[str, Any]
+    watch: dict[str, Any] | None
+    judges: list[dict[str, Any] | None]
     learning_rates: list[float]
     scaler: dict[str, Any] | None
     call: Call | None
@@ -77,6 +81,11 @@ def _record(values: Mapping[str, Any], num_groups: int) -> Record:
     trial = Doctor(eos_token=True)
     trial.restore(doctor)
     trial.examine({})  # it must be able to go on with that
+    watch = None if values["watch"] is None else dict(values["watch"])
+    if watch is not None:
+        again = Watch()
+        again.restore(watch)
+        again.examine({"reward/score": 0.0}, 1)
     rates = [_number(rate, "learning_rates") for rate in values["learning_rates"]]
     if len(rates) != num_groups:
         raise ValueError(f"learning_rates are {len(rates)}, the optimizer has {num_groups} groups")
@@ -93,6 +102,8 @@ def _record(values: Mapping[str, Any], num_groups: int) -> Record:
         kl_coef=_number(values["kl_coef"], "kl_coef"),
         normalizer=_normalizer(values["normalizer"]),
         doctor=doctor,
+        judges=[None if kept is None else _judge_sum(kept) for kept in values["judges"]],
+        watch=watch,
         learning_rates=rates,
         scaler=None if scaler is None else dict(scaler),
         call=None if call is None else _call(call),
@@ -107,6 +118,10 @@ def _normalizer(kept: Mapping[str, Any]) -> dict[str, float | None]:
         if value is not None and not math.isfinite(float(value) + 0.0 * value):
             raise ValueError(f"normalizer's {name} is {value!r}")
     return found
+
+
+def _judge_sum(kept: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(name): _normalizer(state) for name, state in kept.items()}
 
 
 def _call(kept: Mapping[str, Any]) -> Call:
@@ -127,6 +142,7 @@ def _flight(kept: Mapping[str, Any]) -> FlightRecord:
         raise ValueError(f"refreshed is {flight.refreshed!r}")
     if flight.held_out is not None:
         flight.held_out = {str(name): float(value) for name, value in flight.held_out.items()}
+    flight.parts = {str(name): [float(total), float(count)] for name, (total, count) in flight.parts.items()}
     if flight.progress is not None:
         progress = Progress.restored(flight.progress, device=torch.device("cpu"))
         for name in ("epoch", "minibatch", "steps", "skipped"):

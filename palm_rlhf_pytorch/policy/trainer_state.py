@@ -21,14 +21,16 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
+from palm_rlhf_pytorch.policy.judging import Judge
 from palm_rlhf_pytorch.policy.learning import Learner, Progress
 from palm_rlhf_pytorch.policy.pretraining import Pretraining
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.run import Flight, Run, round_names
-from palm_rlhf_pytorch.policy.scores import ScoreNormalizer
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.sharding import spread_like, whole_tensor
 from palm_rlhf_pytorch.policy.trainer_record import COUNTERS, FlightRecord, Record, read_record
+from palm_rlhf_pytorch.policy.watch import Watch
+from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
 from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -38,7 +40,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 FREE = (  # settings that a run may go on without: the bits may differ, the run is the same
     "actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing", "judge_timeout",
     "max_dropped", "max_skipped_steps", "keep_experience", "save_every", "save_every_steps", "save_rollouts",
-    "keep_last", "keep_best",
+    "keep_last", "keep_best", "keep_samples",
 )  # fmt: skip
 
 
@@ -51,12 +53,15 @@ class Trainer(Protocol):
     learner: Learner
     normalizer: ScoreNormalizer
     doctor: Doctor
+    watch: Watch | None
     prompts: Prompts
     pretraining: Pretraining | None
     settings: PolicySettings
     run: Run
     call: Call | None
     flight: Flight | None
+    reward_model: Judge
+    held_out_judge: Judge | None
     seed: int
     rollouts: int
     answers: int
@@ -95,7 +100,9 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "skipped_in_a_row": trainer.learner.skipped_in_a_row,
         "kl_coef": trainer.kl_coef,
         "normalizer": trainer.normalizer.state(),
+        "judges": [judge.state() if isinstance(judge, JudgeSum) else None for judge in _judges(trainer)],
         "doctor": trainer.doctor.state(),
+        "watch": None if trainer.watch is None else trainer.watch.state(),
         "learning_rates": [float(group["lr"]) for group in trainer.learner.optimizer.param_groups],
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "call": None if trainer.call is None else asdict(trainer.call),
@@ -134,6 +141,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"{path} was trained with mixed_precision={values.get('precision')!r}, this trainer has"
             f" {trainer.accelerator.mixed_precision!r}"
         )
+    _check_judges(path, values.get("judges"), _judges(trainer))
     record = read_record(path, values, num_groups=len(trainer.learner.optimizer.param_groups))
     alike = record.processes == trainer.ranks.count
     if not alike:
@@ -183,9 +191,26 @@ def _apply(trainer: Trainer, record: Record, checkpoint: Checkpoint, fetched: di
     trainer.learner.steps, trainer.learner.skipped_in_a_row = record.steps, record.skipped_in_a_row
     trainer.kl_coef, trainer.call = record.kl_coef, record.call
     trainer.normalizer.restore(record.normalizer)
+    for judge, kept in zip(_judges(trainer), record.judges, strict=True):
+        if isinstance(judge, JudgeSum) and kept is not None:
+            judge.restore(kept)
     trainer.doctor.restore(record.doctor)
+    if trainer.watch is not None and record.watch is not None:
+        trainer.watch.restore(record.watch)
     trainer.run.take_files(fetched, trainer.updates)
     trainer.flight = None if record.flight is None else _restored_flight(trainer, record.flight)
+
+
+def _judges(trainer: Trainer) -> tuple[object, object]:
+    return trainer.reward_model, trainer.held_out_judge
+
+
+def _check_judges(path: Path, kept: Any, judges: tuple[object, object]) -> None:
+    """Raise unless sums of judges are of those that the checkpoint has the scales of."""
+    here = [sorted(judge.state()) if isinstance(judge, JudgeSum) else None for judge in judges]
+    there = [None if state is None else sorted(state) for state in kept] if isinstance(kept, list) else kept
+    if here != there:
+        raise ValueError(f"{path} was trained with judges normalised as {there}, this trainer has {here}")
 
 
 def _flight_state(trainer: Trainer, flight: Flight) -> dict[str, Any]:
@@ -197,6 +222,7 @@ def _flight_state(trainer: Trainer, flight: Flight) -> dict[str, Any]:
             trainer.settings.max_batch_size,
             flight.refreshed is not None,
             flight.held_out,
+            flight.parts,
             progress,
         )
     )
@@ -211,6 +237,7 @@ def _restored_flight(trainer: Trainer, kept: FlightRecord) -> Flight:
         run.file("refreshed", number, fresh=False) if kept.refreshed else None,
         None if kept.progress is None else Progress.restored(kept.progress, device=device),
         kept.held_out,
+        parts=kept.parts,
     )
 
 

@@ -177,6 +177,12 @@ class Watch:
         memory.rows = 0
         return Verdict(True, max(0, memory.best.step - 1), fault)
 
+    @property
+    def best_step(self) -> int | None:
+        """How many updates the policy had had that did best so far; None before that is known."""
+        best = self._memory.best
+        return None if best is None else max(0, best.step - 1)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
         marks = {"first": self._memory.first, "best": self._memory.best}

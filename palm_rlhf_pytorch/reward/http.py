@@ -178,9 +178,8 @@ class HTTPScorer:
         seconds = min(self.longest_wait, self.first_wait * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1)
         if not isinstance(error, urllib.error.HTTPError):
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            return f"{type(reason).__name__}: {reason}", None if isinstance(
-                reason, ssl.SSLCertVerificationError
-            ) else wait
+            useless = isinstance(reason, ssl.SSLCertVerificationError)
+            return f"{type(reason).__name__}: {reason}", None if useless else seconds
         with error:
             if 300 <= error.code < 400:
                 return f"status {error.code}, redirected to {error.headers.get('Location')!r}: give that as url", None

@@ -175,6 +175,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep_last, self.keep_best, self.maximize = keep_last, keep_best, maximize
         self.accelerator = accelerator
+        self.pinned: set[int] = set()  # steps that are kept whatever comes after them
         self._damaged: set[int] = set()
         together(accelerator, lambda: clear_away(self.folder, ours=_is_step) if is_main(accelerator) else None)
 
@@ -244,7 +245,7 @@ class Checkpoints:
         kept = sorted(merits)[-self.keep_last :]
         if self.keep_best is not None:
             kept.append(max(merits, key=lambda step: (merits[step], step)))
-        for step in merits.keys() - set(kept):
+        for step in merits.keys() - set(kept) - self.pinned:
             discard(self.folder / step_name(step))
         later = [step_name(step) for step in self.steps() if step > newest and step not in self._damaged]
         if later:

@@ -102,11 +102,23 @@ class MetricsLog:
     def __init__(self, path: str | Path | None, *, accelerator: Accelerator | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.accelerator = accelerator
+        self.defined: dict[str, str] = {}
         if self.path is not None and self._is_main:
             if self.path.exists() and not self.path.is_file():
                 raise ValueError(f"path ({self.path}) is not a file; give the path of a file to append metrics to")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_unfinished_line(self.path)
+
+    def define(self, names: Mapping[str, str]) -> None:
+        """Let `log` take names beside those of GLOSSARY, with what they mean: those that a user has chosen.
+
+        Raises:
+            ValueError: if a name is in GLOSSARY.
+        """
+        taken = sorted(names.keys() & GLOSSARY.keys())
+        if taken:
+            raise ValueError(f"names ({taken}) are metrics already; training/metrics.py says of what")
+        self.defined |= names
 
     def log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
         """Record one step; call it on every process.
@@ -114,7 +126,8 @@ class MetricsLog:
         Raises:
             ValueError: if a name is not in GLOSSARY, or is "step" (the argument).
         """
-        unknown = [name for name in metrics if name not in GLOSSARY or name == "step"]
+        known = GLOSSARY.keys() | self.defined.keys()
+        unknown = [name for name in metrics if name not in known or name == "step"]
         if unknown:
             raise ValueError(
                 f"metrics has names that GLOSSARY does not define: {unknown}; add them to training/metrics.py"

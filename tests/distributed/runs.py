@@ -11,9 +11,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy.experience import RolloutFile
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.policy.rollout import Rollout
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 
 PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9])]
 EOS = 2

@@ -3,8 +3,8 @@
 import pytest
 
 from palm_rlhf_pytorch.objectives.group import DR_GRPO, GRPO, GSPO, RLOO
-from palm_rlhf_pytorch.policy.experience import RolloutFile
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from tests.distributed.ranks import in_ranks
 from tests.distributed.runs import learnt, run_and_resume, sampled, trained_run
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from palm_rlhf_pytorch.policy.experience import RolloutFile
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 from tests.distributed.ranks import in_ranks
 from tests.distributed.runs import run_and_resume, run_twice, trained_run

@@ -123,7 +123,7 @@ def flipped(difference: float) -> float:
     return (1 - FLIPS) * sigmoid(difference) + FLIPS * (1 - sigmoid(difference))
 
 
-LINEAR = 0.1  # of a score difference, which is below 4.9: the farthest that one of six of deviation 1 can be
+LINEAR = 0.1  # label for a score difference of 1; six scores of deviation 1 are at most 3.5 apart
 PAIR_LOSSES = {
     "dpo": (partial(dpo_loss, beta=BETA), sigmoid, 1 / BETA),
     "robust": (partial(robust_dpo_loss, beta=BETA, flip_rate=FLIPS), flipped, 1 / BETA),
@@ -176,7 +176,8 @@ def table(outcomes: list[Outcome]) -> str:
         ]
         lines.append(
             f"| {outcome.name} | {outcome.seed} | {outcome.score_before:.3f} | {outcome.score_after:.3f} |"
-            f" {outcome.kl:.3f} | {' | '.join(distances)} | {outcome.num_tokens:,} | {'yes' if outcome.learnt else 'NO'} |"
+            f" {outcome.kl:.3f} | {' | '.join(distances)} | {outcome.num_tokens:,} |"
+            f" {'yes' if outcome.learnt else 'NO'} |"
         )
     return "\n".join(lines)
 

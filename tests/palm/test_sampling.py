@@ -1,11 +1,11 @@
-"""Sampling: the distribution, its cuts, greedy choice, and what is refused."""
+"""Sampling: the distribution, greedy choice, and what is refused; the cuts are truncation's."""
 
 import math
 
 import pytest
 import torch
 
-from palm_rlhf_pytorch.palm.sampling import check_sampling, sample_tokens, truncate
+from palm_rlhf_pytorch.palm.sampling import check_sampling, sample_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # mass 0.4, 0.3, 0.15, 0.1, 0.05
@@ -15,10 +15,6 @@ FIVE = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
 def draw(logits: torch.Tensor, rows: int, **settings) -> torch.Tensor:
     settings.setdefault("generator", torch.Generator().manual_seed(0))
     return sample_tokens(logits.expand(rows, -1), **settings).tokens
-
-
-def kept(logits: torch.Tensor, **cut) -> list[int]:
-    return truncate(logits, **cut).isfinite().nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,39 +87,6 @@ def test_sample_is_nan_where_logits_are():
     out = sample_tokens(torch.tensor([[0.0, math.nan, 1.0], [0.0, 1.0, 2.0]]))
     assert out.logprobs.isnan().tolist() == [True, False]
     assert all(0 <= token < 3 for token in out.tokens.tolist())
-
-
-@pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [(0.05, [1]), (0.4, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.8, [1, 3, 4]), (0.9, [0, 1, 3, 4]), (1.0, range(5))],
-)
-def test_top_p_keeps_the_smallest_set_that_reaches_its_mass(top_p, expected):
-    assert kept(FIVE, top_p=top_p) == list(expected)
-
-
-def test_top_p_keeps_nine_tenths_of_a_long_tail():
-    logits = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) * 2
-    mass = logits.softmax(dim=-1)
-    cut = truncate(logits, top_p=0.9).isfinite()
-    for row in range(3):
-        total = float(mass[row][cut[row]].sum())
-        assert 0.9 <= total < 0.9 + float(mass[row][cut[row]].min())
-        assert mass[row][cut[row]].min() > mass[row][~cut[row]].max()
-
-
-@pytest.mark.parametrize(("top_k", "expected"), [(1, [1]), (3, [1, 3, 4]), (5, range(5)), (9, range(5))])
-def test_top_k_counts_tokens(top_k, expected):
-    assert kept(FIVE, top_k=top_k) == list(expected)
-
-
-def test_top_k_keeps_k_of_equal_logits():
-    assert len(kept(torch.zeros(6), top_k=4)) == 4
-
-
-def test_top_p_is_taken_of_what_top_k_left():
-    # of 0.4, 0.3 and 0.15 the first two hold 0.82
-    assert kept(FIVE, top_k=3, top_p=0.82) == [1, 3]
-    assert kept(FIVE, top_k=3, top_p=0.83) == [1, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.learning import Learner
+from palm_rlhf_pytorch.policy.losses import PPOLoss
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
+from palm_rlhf_pytorch.policy.rollout import observed, recorded
+from palm_rlhf_pytorch.policy.targets import Targets
+from tests.policy.helpers import GivenLesson, seeded_by
 
 PROMPT_LENGTHS = torch.tensor([3, 1])
 SEQUENCES = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 0, 0, 0]])  # responses of 4 and 3, padded with 0
@@ -66,6 +73,39 @@ def test_what_is_observed_has_the_bits_of_what_is_learnt_from(make_palm, move, l
         options.pop("entropy_grad", None)
         seen = actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4, temperature=temperature, **options)
         assert torch.equal(seen.logprobs, learnt.logprobs) and torch.equal(seen.values, learnt.values)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 4, "top_p": 0.9}])
+def test_exact_kl_in_learning_has_the_bits_of_the_observed_and_reaches_the_actor_alone(make_palm, move, lora, cut):
+    fresh = ActorCritic(make_palm(), actor_lora=lora, **cut)
+    assert not fresh(SEQUENCES, PROMPT_LENGTHS, 4, kl_grad=True).kl_exact.any()
+    actor_critic = move(ActorCritic(make_palm(), actor_lora=lora, **cut)).train()
+    plain = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, temperature=0.7)
+    found = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, temperature=0.7, kl_grad=True)
+    seen = actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4, temperature=0.7)
+    assert torch.equal(found.kl_exact, seen.kl_exact) and found.kl_exact[MASK].min() > 1e-3
+    assert not plain.kl_exact.any()
+    for name in ("logprobs", "entropy", "values"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    found.kl_exact[MASK].sum().backward()
+    reached = {name for name, p in actor_critic.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == actor_critic.actor_parameters().keys()
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}])
+def test_exact_kl_alone_pulls_a_perturbed_actor_back_to_the_reference(make_palm, move, cut):
+    actor_critic = move(ActorCritic(make_palm(), **cut))
+    settings = PPOSettings(actor_lr=3e-2, epochs=40, minibatch_size=2, kl_exact_coef=1.0)
+    learner = Learner(
+        actor_critic, Accelerator(cpu=True), loss=PPOLoss(**settings.loss_arguments()), **settings.learner_arguments()
+    )
+    lengths = torch.tensor([4, 3])
+    rollout = observed(actor_critic, recorded(SEQUENCES, PROMPT_LENGTHS, lengths, temperature=1.0), max_batch_tokens=99)
+    zeros = torch.zeros(2, 4)
+    learner.update(GivenLesson(rollout, Targets(zeros, zeros, zeros, rollout.values)), random=seeded_by(0))
+    after = actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4, lengths=lengths)
+    assert rollout.kl_exact.sum() > 2 and after.kl_exact.sum() < 0.02 * rollout.kl_exact.sum()
 
 
 def test_places_beyond_a_response_are_not_read_out(make_palm, move):
@@ -288,6 +328,8 @@ def test_construction_draws_from_the_generator_alone(make_palm):
         ({"critic_lora": False, "critic_last_layers": 0}, r"last_layers \(0\)"),
         ({"actor_dropout": 1.0}, r"dropout \(1.0\)"),
         ({"critic_dropout": -0.1}, r"dropout \(-0.1\)"),
+        ({"top_k": 0}, r"top_k \(0\)"),
+        ({"top_p": 1.2}, r"top_p \(1.2\)"),
     ],
 )
 def test_settings_out_of_range_are_refused(make_palm, options, message):

@@ -1,9 +1,11 @@
 """Diagnostics of a rollout, against numbers worked by hand."""
 
+import gc
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from palm_rlhf_pytorch.policy.diagnostics import distinct_2, headline, survey, timing_metrics
 from palm_rlhf_pytorch.policy.rollout import Rollout
@@ -107,6 +109,23 @@ def test_row_of_an_older_policy_does_not_count_as_a_sampler_that_differs():
     found = survey_of(old, torch.tensor([1.0, -0.5]), version=2).metrics
     assert found["rollout/sampler_logprob_diff_max"] == pytest.approx(0.01, abs=1e-6)
     assert found["rollout/sampler_logprob_diff_mean"] == pytest.approx(0.01, abs=1e-6)
+
+
+def test_survey_keeps_no_tensor_of_the_parts_it_has_seen(monkeypatch):
+    many, alive = ROLLOUT.select(torch.arange(2).repeat(20)), []
+    lesson = Lesson(many, many.scores, torch.ones(40, dtype=torch.bool), kl_coef=0.05, gamma=1.0, gae_lambda=0.95)
+    parts = lesson.parts
+
+    def watched(max_tokens):
+        for number, part in enumerate(parts(max_tokens)):
+            if number in (3, 37):
+                gc.collect()
+                alive.append(sum(type(held) is Tensor for held in gc.get_objects()))
+            yield part
+
+    monkeypatch.setattr(lesson, "parts", watched)
+    survey(lesson, many.scores, ranks=one_process(), max_tokens=1)
+    assert len(alive) == 2 and alive[0] == alive[1]
 
 
 def test_distinct_2_counts_pairs_of_responses_only():

@@ -2,14 +2,16 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from palm_rlhf_pytorch.objectives.direct import dpo_loss, with_nll
 from palm_rlhf_pytorch.policy.direct_data import Encoder, TokenTexts, pair_examples, vote_examples
-from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Reference, Tally
+from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Reference, Tally, check_whole
 from palm_rlhf_pytorch.policy.direct_records import pairs_of, votes_of
 from palm_rlhf_pytorch.policy.direct_settings import described, settings_from
 from palm_rlhf_pytorch.policy.direct_steps import Steps
@@ -223,6 +225,13 @@ def test_a_reference_is_computed_once_and_again_where_it_does_not_fit(make_palm,
     save_tensors(tmp_path / "reference.safetensors", {"x": first}, kind="PaLM", config={})
     with pytest.raises(ValueError, match="'PaLM', expected 'reference log-probabilities'"):
         stored("two")
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_spread_weights_are_refused(kind):
+    check_whole(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    with pytest.raises(ValueError, match=f"spread by {kind} are not supported"):
+        check_whole(SimpleNamespace(distributed_type=DistributedType(kind)))
 
 
 def test_a_tally_weighs_means_by_what_they_are_of():

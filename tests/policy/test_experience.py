@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.policy import experience
-from palm_rlhf_pytorch.policy.experience import Experience, RolloutFile
+from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 
 KILLS = 15
@@ -72,6 +73,7 @@ def test_rows_come_back_as_from_memory(tmp_path: Path, scored: bool, layout: lis
             first += rows
     source = Experience([RolloutFile(file.path) if reopened else file for file in files])
     assert len(source) == 7 and list(source.spans()) == rollout.spans() == SPANS
+    assert source.spans()[1:6:2] == SPANS[1:6:2] and source.spans()[-2] == SPANS[-2]
     for name in ("ended", "prompt_rows", "versions", "eos_token"):
         assert_same(rollout._replace(**{name: getattr(source, name)}), rollout)
     assert (source.scores is None) if not scored else torch.equal(source.scores, rollout.scores)
@@ -79,6 +81,8 @@ def test_rows_come_back_as_from_memory(tmp_path: Path, scored: bool, layout: lis
         assert_same(source.select(rows), rollout.select(rows))
     for rows in row_batches(SPANS, [3, 5, 0, 2, 6], device=CPU, max_rows=2):
         assert_same(source.select(rows), rollout.select(rows))
+    with pytest.raises(IndexError, match="out of range"):
+        source.spans()[7]
     with pytest.raises(IndexError, match="row 7 is none of the 7"):
         source.select(next(row_batches([*SPANS, (1, 1)], [7], device=CPU)))
 

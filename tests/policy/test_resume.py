@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from palm_rlhf_pytorch.policy.experience import RolloutFile
+from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 
 QUIET = {"use_tqdm": False, "preflight": False}

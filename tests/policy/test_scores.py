@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from palm_rlhf_pytorch.policy.judging import check_scores, judge_sequences, judge_source
 from palm_rlhf_pytorch.policy.rollout import Rollout
-from palm_rlhf_pytorch.policy.scores import (
-    ScoreNormalizer,
-    check_scores,
-    counted_scores,
-    judge_sequences,
-    judge_source,
-    learnt_scores,
-    penalize_missing_eos,
-)
+from palm_rlhf_pytorch.policy.scores import counted_scores, learnt_scores, penalize_missing_eos
 from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.reward.weighted import ScoreNormalizer
 from palm_rlhf_pytorch.tensors import identity
 from tests.policy.helpers import CPU, one_process
 
@@ -186,7 +180,7 @@ def test_judge_of_a_source_names_responses_and_prompts():
     rollout = rollout_with(None, ended=[True] * 3, eos_token=7)
     rollout = rollout._replace(sequences=torch.tensor([[1, 2, 5], [1, 2, 6], [1, 2, 7]]).int())
     limits = {"device": CPU, "max_batch_size": 2, "max_batch_tokens": 9999, "where": "update 4"}
-    scores = judge_source(lambda seq, **masks: seq[:, -1], rollout, **limits)
+    scores = judge_source(lambda seq, **masks: seq[:, -1], rollout, **limits).scores
     assert scores.tolist() == [5.0, 6.0, 7.0]
 
     def judge(sequences, **masks):
@@ -201,7 +195,7 @@ def test_judge_of_a_source_names_responses_and_prompts():
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2,), ()])
 def test_scores_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"it must be \(3,\)"):
+    with pytest.raises(ValueError, match=r"(it must be|scores are) \(3,\)"):
         scores_of(lambda seq, **masks: torch.zeros(shape))
 
 

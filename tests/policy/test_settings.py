@@ -8,8 +8,8 @@ import torch
 
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.arguments import check_rollout_arguments, check_train_arguments
-from palm_rlhf_pytorch.policy.prompts import prompts_from
 from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
+from palm_rlhf_pytorch.policy.prompts import prompts_from
 
 
 @pytest.mark.parametrize(
