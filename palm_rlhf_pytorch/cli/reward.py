@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,7 +24,7 @@ from palm_rlhf_pytorch.reward.labels import EncodedLabels
 from palm_rlhf_pytorch.reward.learning import RewardTraining, train_reward_model
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.reward.report import RewardReport
-from palm_rlhf_pytorch.text.datasets import read_labels, skip_bad_record, split_by_group, stop_at_bad_record
+from palm_rlhf_pytorch.text.datasets import BadRecord, read_labels, skip_bad_record, split_by_group
 from palm_rlhf_pytorch.text.records import Label, Pair
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
@@ -34,8 +34,15 @@ from palm_rlhf_pytorch.training.plots import reliability_plot
 from palm_rlhf_pytorch.training.saves import clear, strangers
 
 TOKENIZER = ByteTokenizer()
-ON_BAD_RECORD = {"stop": stop_at_bad_record, "skip": skip_bad_record}
 Judge = RewardModel | RewardEnsemble
+
+
+def stop_at_bad_record(bad: BadRecord) -> NoReturn:
+    """Raise a ValueError that names file, line and field, and the option that goes on."""
+    raise ValueError(f"{bad}; mend it, or leave such records out: --on-bad-record skip")
+
+
+ON_BAD_RECORD = {"stop": stop_at_bad_record, "skip": skip_bad_record}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -30,8 +30,6 @@ from palm_rlhf_pytorch.training.ranks import Ranks
 MAX_ROUNDS = 64  # of one update
 KINDS, PARTS = r"(?P<kind>update|refreshed|round\d+)", r"\.rollouts(\.scores|\.rewards)?"
 NAME = re.compile(KINDS + r"-(?P<number>\d{8})\.rank-(?P<rank>\d+)" + PARTS)
-    r"(?P<kind>update|refreshed|round\d+)-(?P<number>\d{8})\.rank-(?P<rank>\d+)\.rollouts(\.scores|\.rewards)?"
-)
 
 
 @dataclass

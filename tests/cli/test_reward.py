@@ -86,6 +86,7 @@ def test_a_bad_record_stops_before_anything_is_written(folder, capsys):
     assert main(command(folder)) == 2
     error = capsys.readouterr().err
     assert "palm-rlhf reward: error: " in error and "labels.jsonl, line 101: margin" in error
+    assert "--on-bad-record skip" in error
     assert not (folder / "out").exists()
 
 

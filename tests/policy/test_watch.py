@@ -10,6 +10,14 @@ from palm_rlhf_pytorch.policy.watch import Watch, WatchSettings, frontier, front
 from palm_rlhf_pytorch.training.metrics import GLOSSARY
 
 NAN = float("nan")
+NAMES = {
+    "score": "reward/score",
+    "held_out": "reward/held_out_score",
+    "kl": "objective/kl",
+    "length": "response/length_mean",
+    "corr": "score/length_corr",
+    "distinct": "rollout/distinct_2",
+}
 
 
 def learnt(at):
@@ -18,16 +26,14 @@ def learnt(at):
 
 def trace(updates, *, seed=0, noise=0.2, memory=0.0, **curves):
     """Metrics of a run, each a function of the update under noise that lasts: a share `memory` of it goes on."""
-    names = {"score": "reward/score", "held_out": "reward/held_out_score", "kl": "objective/kl",
-             "length": "response/length_mean", "corr": "score/length_corr", "distinct": "rollout/distinct_2"}  # fmt: skip
-    assert set(names.values()) <= GLOSSARY.keys()
+    assert set(NAMES.values()) <= GLOSSARY.keys()
     draws = np.random.default_rng(seed).standard_normal((updates, len(curves)))
     for at in range(1, updates):
         draws[at] = memory * draws[at - 1] + math.sqrt(1 - memory**2) * draws[at]
     scale = {"score": noise, "held_out": noise}
     return [
         {
-            names[name]: curve(at) + scale.get(name, 0.0) * draws[at, place]
+            NAMES[name]: curve(at) + scale.get(name, 0.0) * draws[at, place]
             for place, (name, curve) in enumerate(curves.items())
         }
         for at in range(updates)
@@ -59,8 +65,8 @@ def test_a_run_whose_held_out_score_turns_is_stopped_and_sent_back(seed):
         {"score": lambda at: at / 50, "held_out": lambda at: 0.0},  # learns nothing that counts, but spoils nothing
         {"score": lambda at: -at / 50, "held_out": lambda at: -at / 50},  # both fall: no judge is fooled
         {"score": lambda at: 0.0, "held_out": lambda at: 0.0},
-        {"score": lambda at: 2 * learnt(at), "kl": lambda at: 49 * learnt(at), "length": lambda at: 20 + 15 * learnt(at),
-         "corr": lambda at: 0.3, "distinct": lambda at: 0.6 - 0.2 * learnt(at)},
+        {"score": lambda at: 2 * learnt(at), "kl": lambda at: 49 * learnt(at), "corr": lambda at: 0.3,
+         "length": lambda at: 20 + 15 * learnt(at), "distinct": lambda at: 0.6 - 0.2 * learnt(at)},
     ],
 )  # fmt: skip
 def test_runs_without_the_fault_go_on(curves, memory):
@@ -74,7 +80,7 @@ def test_the_rule_by_hand():
     records = [{"reward/score": 1.0 * at, "reward/held_out_score": 1.0 * held_out[at]} for at in range(12)]
     settings = WatchSettings(window=1, patience=3, noise=0.0)
     # highest at update 7, of the policy of 6 updates. The one bend, -1 - 1 = -2, makes the deviation after j updates
-    # sqrt(4 / (6 (j - 2))); times sqrt(2 log j) it is 0.68 at update 8 and less than that again later: 3 falls are 8, 9, 10
+    # sqrt(4 / (6 (j - 2))); times sqrt(2 log j) it is 0.68 at update 8, where the first of three falls, 1, is above it
     step, verdict = first_verdict(records, Watch(settings))
     assert step == 10 and verdict.best_step == 6
     flat = [record | {"reward/score": 1.0} for record in records]  # the score learnt from does not rise
