@@ -41,7 +41,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="dynamic sampling: sample up to so many times in place of groups that teach nothing; 10 with dapo",
     )  # fmt: skip
     learning.add_argument(
-        "--overlong-buffer", type=int, metavar="N", help="bytes before the limit over which a penalty grows to -1"
+        "--overlong-buffer",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="bytes before the limit over which a penalty grows to -1",
     )
     for option, meaning in (
         ("--kl-coef", "price of straying from the model, reward per nat of KL; default: the objective's own"),
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     begin_run(args)
     trainer = GRPOTrainer(
         **common_of(args, run_dir=args.run_dir), objective=objective_of(args), group_size=args.group_size,
-        max_rounds=args.max_rounds, overlong_buffer=args.overlong_buffer,
+        max_rounds=args.max_rounds, overlong_buffer=getattr(args, "overlong_buffer", None),
     )  # fmt: skip
     return run_trainer(args, trainer)
 

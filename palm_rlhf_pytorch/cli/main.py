@@ -7,9 +7,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from palm_rlhf_pytorch.cli import check, demo, generate, plan, ppo, pretrain
+from palm_rlhf_pytorch.cli import check, demo, dpo, evaluate, generate, grpo, plan, ppo, pretrain, reward
 
-COMMANDS = (demo, pretrain, check, plan, ppo, generate)
+COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, evaluate)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

@@ -41,6 +41,14 @@ def add_ppo_arguments(parser: argparse.ArgumentParser) -> None:
         ("--kl-coef", DEFAULTS.kl_coef, "BETA", "price of straying from the model, reward per nat of KL"),
     ):
         learning.add_argument(option, type=float, default=default, metavar=metavar, help=meaning)
+    learning.add_argument(
+        "--critic-warmup", type=int, default=DEFAULTS.critic_warmup, metavar="N",
+        help="updates in the beginning in which the critic alone learns",
+    )  # fmt: skip
+    learning.add_argument(
+        "--critic-from-reward-model", action="store_true", default=argparse.SUPPRESS,
+        help="start the critic as the reward model, which must be one of the same PaLM",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,5 +66,6 @@ def run(args: argparse.Namespace) -> int:
 def trainer_of(args: argparse.Namespace, *, run_dir: Path | None = None) -> RLHFTrainer:
     """The trainer that the options describe; see `common_of`."""
     return RLHFTrainer(
-        **common_of(args, run_dir=run_dir), critic_lr=args.critic_lr, kl_coef=args.kl_coef, critic_lora_r=args.lora_r
-    )
+        **common_of(args, run_dir=run_dir), critic_lr=args.critic_lr, kl_coef=args.kl_coef, critic_lora_r=args.lora_r,
+        critic_warmup=args.critic_warmup, critic_from_reward_model=hasattr(args, "critic_from_reward_model"),
+    )  # fmt: skip

@@ -5,10 +5,12 @@ Options of a run, the models they name, and the run itself in a folder that a st
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -16,7 +18,9 @@ from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.policy.preflight import PreflightError
 from palm_rlhf_pytorch.policy.settings import PolicySettings
+from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.reward.ensemble import load_judge
+from palm_rlhf_pytorch.text.datasets import read_texts
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.metrics import read_metrics
@@ -41,7 +45,17 @@ def add_run_arguments(parser: argparse.ArgumentParser, defaults: PolicySettings)
     ):
         parser.add_argument(option, required=True, metavar="FILE", default=argparse.SUPPRESS, help=meaning)
     parser.add_argument(
-        "--held-out-judge", metavar="FILE", help="a second reward model, whose scores are logged and never learnt from"
+        "--held-out-judge",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a second reward model, whose scores are logged and never learnt from",
+    )
+    parser.add_argument(
+        "--pretraining",
+        nargs="+",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="UTF-8 text that the model is to go on knowing; see --ptx-coef",
     )
     parser.add_argument("--run-dir", type=Path, default=Path("palm-run"), metavar="DIR", help="folder of the run")
     counts = parser.add_argument_group("size of the run")
@@ -72,6 +86,18 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: Polic
         help="responses in an optimizer step",
     )
     learning.add_argument("--lora-r", type=int, default=defaults.actor_lora_r, metavar="R", help="rank of adapters")
+    for option, kind, metavar, meaning in (
+        (
+            "--max-approx-kl",
+            float,
+            "KL",
+            "end an update's learning once the policy has moved so far, nats a byte; 0.02",
+        ),
+        ("--ptx-coef", float, "W", "weight of a language-modelling loss on --pretraining, mixed into each step"),
+        ("--top-k", int, "K", "sample from the K likeliest bytes alone, and learn that policy"),
+        ("--top-p", float, "P", "the same with the likeliest bytes of probability P"),
+    ):
+        learning.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=meaning)
     learning.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling, above 0")
     learning.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random")
 
@@ -80,6 +106,7 @@ def add_going_on_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a run begins."""
     for option, meaning in (
         ("--resume", "go on with the run that --run-dir holds; begin one if it holds none"),
+        ("--watch", "end the run and go back to its best policy where the judge is being fooled; see --held-out-judge"),
         ("--no-preflight", "leave out the checks before the first step"),
     ):
         parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=meaning)  # shows no default
@@ -94,7 +121,7 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
     """
     device = device_of(args)
     palm, reward_model = PaLM.from_checkpoint(args.palm), load_judge(args.reward_model)
-    held_out = None if args.held_out_judge is None else load_judge(args.held_out_judge)
+    held_out = load_judge(args.held_out_judge) if hasattr(args, "held_out_judge") else None
     read = [(args.palm, palm), (args.reward_model, reward_model.palm)]
     read += [] if held_out is None else [(args.held_out_judge, held_out.palm)]
     for path, model in read:
@@ -119,7 +146,18 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
         "minibatch_size": args.minibatch_size,
         "actor_lora_r": args.lora_r,
         "save_every": args.save_every,
+        "pretraining": byte_tokens(args.pretraining) if hasattr(args, "pretraining") else None,
+        "watch": WatchSettings() if hasattr(args, "watch") else None,
+        **{
+            name: getattr(args, name) for name in ("max_approx_kl", "ptx_coef", "top_k", "top_p") if hasattr(args, name)
+        },
     }
+
+
+def byte_tokens(paths: Sequence[str]) -> Tensor:
+    """Texts of files as one run of ids (n,), an end after each."""
+    ids = [torch.tensor([*TOKENIZER.encode(text), TOKENIZER.eos_token]) for text in read_texts(paths)]
+    return torch.cat(ids)
 
 
 def begin_run(args: argparse.Namespace) -> None:
@@ -148,7 +186,7 @@ def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) ->
         checkpoints = trainer.run.checkpoints
         kept = checkpoints is not None and checkpoints.steps()
         raise ValueError(f"{error}; {args.run_dir} keeps {'the last' if kept else 'no'} checkpoint") from error
-    if trainer.stopped is not None:
+    if trainer.stopped not in (None, "watch"):
         say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
         return 0
     improved = trainer.export_palm()

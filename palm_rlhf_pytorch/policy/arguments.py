@@ -12,6 +12,7 @@ from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.settings import PolicySettings
+from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.tensors import check_masked, check_token_ids
 
@@ -127,7 +128,7 @@ def check_judge(judge: object, palm: PaLM) -> None:
         raise TypeError(
             "reward_model is a PaLM, which gives logits: make a judge of it, RewardModel(palm), and train it"
         )
-    if isinstance(judge, RewardModel) and judge.palm.num_tokens != palm.num_tokens:
+    if isinstance(judge, RewardModel | RewardEnsemble) and judge.palm.num_tokens != palm.num_tokens:
         raise ValueError(
             f"reward_model reads {judge.palm.num_tokens} token ids, palm writes {palm.num_tokens}: they must share a"
             " vocabulary"

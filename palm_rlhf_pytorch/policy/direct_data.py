@@ -7,6 +7,7 @@ Everything is on the CPU until a batch is asked for. Knows no model and no loss.
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ class TokenTexts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each text, prompt and response."""
         return [len(row) for row in self.ids]

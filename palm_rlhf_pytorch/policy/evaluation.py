@@ -155,9 +155,10 @@ class Evaluation:
     def chosen(self, count: int) -> dict[str, list[int]]:
         """Rows to read, none twice: where the first judge sees b most ahead, most behind, and the first prompts'."""
         margins = next((contest.margins.nan_to_num() for contest in self.contests.values()), torch.zeros(0))
-        order = margins.argsort(stable=True).tolist()
-        ahead = [row for row in reversed(order) if margins[row] > 0][:count]
-        behind = [row for row in order if margins[row] < 0][:count]
+        ahead, behind = (
+            [row for row in (sign * margins).argsort(stable=True).tolist() if sign * margins[row] < 0][:count]
+            for sign in (-1, 1)
+        )
         rows = {prompt: row for row, prompt in reversed([*enumerate(self.prompt_rows.tolist())])}
         first = [row for _, row in sorted(rows.items()) if row not in {*ahead, *behind}][:count]
         return {"first prompts": first, "B most ahead": ahead, "B most behind": behind}

@@ -1,4 +1,4 @@
-"""The loop of `RLHFTrainer.train`: update after update, each of which can stop at any step and go on from disk.
+"""The loop of a trainer's `train`: update after update, each of which can stop at any step and go on from disk.
 
     collect -> score -> learn -> record -> save
 
@@ -270,23 +270,13 @@ class Loop:
                 with trainer.ranks.together():
                     flight.file.set_scores(found.scores, found.rewards)
             if flight.held_out is None:
-                flight.held_out = self._held_out(flight)
+                flight.set_held_out(trainer.held_out_scores(flight.sampled), trainer.ranks)
         except Exception:  # on every process alike
             self.save()
             raise
         if trainer.settings.save_rollouts and flight.progress is None:
             self.save()
         self.stop.check()
-
-    def _held_out(self, flight: Flight) -> dict[str, float]:
-        """The held-out judge's mean score over all processes, if there is such a judge."""
-        scores = self.trainer.held_out_scores(flight.sampled)
-        if scores is None:
-            return {}
-        flight.held_out_scores = scores
-        known = scores[scores.isfinite()].double()
-        total, count = self.trainer.ranks.sum(torch.stack([known.sum(), torch.tensor(len(known)).double()])).tolist()
-        return {"reward/held_out_score": total / count if count else float("nan")}
 
     def learn(self, flight: Flight) -> dict[str, float]:
         """Learn from the responses, or go on with that."""

@@ -1,4 +1,4 @@
-"""Trainers that sample, are judged and learn, update after update: the call of `train`, and one update's learning.
+"""Trainers that sample, are judged and learn, update after update: the proof, the plan, the run, one update's learning.
 
 What a method adds is its loss, its settings and what its rows teach: `policy/ppo.py`, `policy/grpo.py`.
 """
@@ -6,12 +6,15 @@ What a method adds is its loss, its settings and what its rows teach: `policy/pp
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from palm_rlhf_pytorch.policy.arguments import Call, check_train_arguments
 from palm_rlhf_pytorch.policy.diagnostics import lesson_from
 from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.judging import raw_scores
 from palm_rlhf_pytorch.policy.loop import Loop, begin
+from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
+from palm_rlhf_pytorch.policy.preflight import Report, preflight
 from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.targets import Lesson
@@ -38,6 +41,35 @@ class OnlineTrainer(PolicyTrainer):
             loop.prove()
         history, self.stopped = loop.run()
         return history
+
+    def preflight(
+        self,
+        *,
+        max_seq_len: int = 2048,
+        max_new_tokens: int | None = None,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+    ) -> Report:
+        """Prove on the models, prompts and settings of this trainer what PPO takes for granted; nothing changes.
+
+        A fault is in the report, with its cause and remedy, and raises nothing. Arguments are those of `train`.
+        """
+        room: dict[str, Any] = {"max_seq_len": max_seq_len, "max_new_tokens": max_new_tokens}
+        alone = self.learner.sharding is None  # of weights that are spread no piece can be tried on its own
+        memory = partial(memory_to_learn, self, temperature=temperature, **room) if alone else None
+        with self.learner.whole():
+            return preflight(self, eos_token=eos_token, temperature=temperature, memory=memory, **room)
+
+    def plan(self, num_episodes: int = 50_000, **arguments: Any) -> Plan:
+        """Memory and time of a call of `train` with these arguments, after timing a piece of each phase; not with FSDP.
+
+        Args:
+            num_episodes: as in `train`.
+            **arguments: max_seq_len, max_new_tokens, eos_token, temperature and update_timesteps, as there.
+        """
+        if self.learner.sharding is not None:
+            raise ValueError("plan measures one process with whole weights: it knows no FSDP; plan without it")
+        return plan(self, num_episodes, **arguments)
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
         """Take the method's steps on a scored rollout, then let the KL controller act; returns the diagnostics.

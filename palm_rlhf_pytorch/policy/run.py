@@ -65,6 +65,15 @@ class Flight:
             before = self.parts.get(name, [0.0, 0.0])
             self.parts[name] = [a + b for a, b in zip(before, ranks.sum(own).tolist(), strict=True)]
 
+    def set_held_out(self, scores: Tensor | None, ranks: Ranks) -> None:
+        """Take in the held-out judge's scores, (n,), if there is such a judge; every process must call it."""
+        self.held_out_scores, self.held_out = scores, {}
+        if scores is not None:
+            known = scores[scores.isfinite()].double()
+            own = torch.stack([known.sum(), torch.tensor(len(known), dtype=torch.float64)])
+            total, count = ranks.sum(own).tolist()
+            self.held_out = {"reward/held_out_score": total / count if count else float("nan")}
+
     @property
     def figures(self) -> dict[str, float]:
         """What the judges say beside the score, as metrics."""

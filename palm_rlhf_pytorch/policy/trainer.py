@@ -30,8 +30,6 @@ from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.judging import Judge, Judged, ask_source, judged
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.losses import Loss
-from palm_rlhf_pytorch.policy.plan import Plan, memory_to_learn, plan
-from palm_rlhf_pytorch.policy.preflight import Report, preflight
 from palm_rlhf_pytorch.policy.pretraining import pretraining_from
 from palm_rlhf_pytorch.policy.prompts import PromptBatch, one_prompt, padding_of, prompts_from
 from palm_rlhf_pytorch.policy.rollout import Prompting, Rollout, collect_rollout
@@ -127,35 +125,6 @@ class PolicyTrainer:
     def kind(self) -> str:
         """What its checkpoints are of."""
         return type(self).__name__
-
-    def preflight(
-        self,
-        *,
-        max_seq_len: int = 2048,
-        max_new_tokens: int | None = None,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-    ) -> Report:
-        """Prove on the models, prompts and settings of this trainer what PPO takes for granted; nothing changes.
-
-        A fault is in the report, with its cause and remedy, and raises nothing. Arguments are those of `train`.
-        """
-        room: dict[str, Any] = {"max_seq_len": max_seq_len, "max_new_tokens": max_new_tokens}
-        alone = self.learner.sharding is None  # of weights that are spread no piece can be tried on its own
-        memory = partial(memory_to_learn, self, temperature=temperature, **room) if alone else None
-        with self.learner.whole():
-            return preflight(self, eos_token=eos_token, temperature=temperature, memory=memory, **room)
-
-    def plan(self, num_episodes: int = 50_000, **arguments: Any) -> Plan:
-        """Memory and time of a call of `train` with these arguments, after timing a piece of each phase; not with FSDP.
-
-        Args:
-            num_episodes: as in `train`.
-            **arguments: max_seq_len, max_new_tokens, eos_token, temperature and update_timesteps, as there.
-        """
-        if self.learner.sharding is not None:
-            raise ValueError("plan measures one process with whole weights: it knows no FSDP; plan without it")
-        return plan(self, num_episodes, **arguments)
 
     def next_prompts(self, count: int) -> PromptBatch:
         """This process's share of the next prompts: ids (b, p), mask (b, p) and rows (b,), on the training device.

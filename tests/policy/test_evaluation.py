@@ -168,8 +168,11 @@ def test_records_and_summary_are_json_that_tells_all(a, b, judge, tmp_path):
 
 
 def test_chosen_rows_are_extreme_and_come_once(a, b, judge):
-    found = compare(a, b, judges={"sevens": judge})
-    margins = found.contests["sevens"].margins.tolist()
+    def mean_id(sequences, *, prompt_mask, mask):
+        return (sequences * (mask & ~prompt_mask)).sum(dim=-1) / (mask & ~prompt_mask).sum(dim=-1)
+
+    found = compare(a, b, judges={"ids": mean_id, "sevens": judge})
+    margins = found.contests["ids"].margins.tolist()
     chosen = found.chosen(2)
     ahead, behind = chosen["B most ahead"], chosen["B most behind"]
     assert [margins[row] for row in ahead] == sorted(margins)[::-1][:2] and min(margins[row] for row in ahead) > 0
