@@ -4,6 +4,7 @@ Ouyang et al., "Training language models to follow instructions with human feedb
 (the value function is initialised from the reward model); Stiennon et al., https://arxiv.org/abs/2009.01325, likewise.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ def start_critic(actor_critic: ActorCritic, reward_model: object) -> None:
 
     The value of a token is what the head makes of the state before it,
         V = ((w . h + c) - mean) / deviation,
-    with the shift and scale of `RewardModel.normalize_scores`: of a text that ends there the score, where the reward
-    model reads its last token; where it takes the mean over a response, that state's part of the mean.
+    with the shift and scale of `RewardModel.normalize_scores`. Of a text that ends there it is the score, where the
+    reward model reads the last token (pool_last=True). Where it takes the mean over a response, it is that state's part
+    of the mean, which spreads wider than the mean does: what the first updates explain can be below nothing.
 
     It is a start, not the reward model: the prompt and response embeddings that this adds to the tokens have no place
     in the critic, whose states are off by what these make of them. They start at 0 and move as far as the reward
@@ -39,6 +41,9 @@ def start_critic(actor_critic: ActorCritic, reward_model: object) -> None:
 
     Raises:
         ValueError: if the reward model cannot be the critic; all reasons are named, and nothing has changed.
+
+    Warns:
+        UserWarning: if the reward model takes a mean.
     """
     critic, head = actor_critic.critic, actor_critic.value_head
     if critic is None or head is None:
@@ -53,6 +58,12 @@ def start_critic(actor_critic: ActorCritic, reward_model: object) -> None:
         raise ValueError(
             f"critic_from_reward_model: the critic cannot start as the reward model: {'; '.join(reasons)}. Leave it"
             " off: the critic then starts at 0"
+        )
+    if not reward_model.settings.pool_last:
+        warnings.warn(
+            "critic_from_reward_model: the reward model scores the mean of a response's tokens, the critic one of them:"
+            " where tokens differ its values begin far off; train it with pool_last=True, or give critic_warmup",
+            stacklevel=2,
         )
     if critic.adapter is not None and reward_model.adapter is not None:
         _copy(critic.adapter, reward_model.adapter)

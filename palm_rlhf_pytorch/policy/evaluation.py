@@ -300,8 +300,7 @@ class _Work(NamedTuple):
 
     def divergence(self, own: PaLM, other: PaLM, drawn: _Drawn) -> Divergence:
         """How far the model that drew these is from the other."""
-        sums = torch.zeros(len(Divergence._fields), len(self.rows), dtype=torch.float64)
-        prompt_mask, mask = drawn.masks
+        (prompt_mask, mask), sums = drawn.masks, torch.zeros(3, len(self.rows), dtype=torch.float64)
         totals = mask.sum(dim=-1).tolist()
         with self.bar("KL", len(self.rows), "response") as bar:
             for batch in split_rows(totals, max_rows=len(totals), max_tokens=self.max_batch_tokens):
@@ -312,8 +311,8 @@ class _Work(NamedTuple):
                     hidden, own.token_emb.weight, ids[:, 1:][read], ref_hidden=other_hidden,
                     ref_weight=other.token_emb.weight, temperature=self.sampling["temperature"],
                 )  # fmt: skip
-                pair = found.logprobs, found.ref_logprobs
-                values = torch.stack((kl_k1(*pair), kl_k3(*pair), found.kl)).cpu().double()
+                ours, theirs = found.logprobs, found.ref_logprobs
+                values = torch.stack((kl_k1(ours, theirs), kl_k3(ours, theirs), found.kl)).cpu().double()
                 sums.index_add_(1, torch.tensor(batch)[read.nonzero()[:, 0].cpu()], values)
                 bar.update(len(batch))
         return Divergence(*sums)

@@ -44,7 +44,9 @@ def test_value_of_a_token_is_the_normalised_score_of_what_stands_before_it(make_
     found = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, lengths=LENGTHS).values
     for row, start in enumerate((3, 1)):
         for step in range(4):
-            score = judge.eval()(SEQUENCES[row : row + 1, : start + step])  # embeddings are 0, and the last token is read
+            score = judge.eval()(
+                SEQUENCES[row : row + 1, : start + step]
+            )  # embeddings are 0, and the last token is read
             torch.testing.assert_close(found[row, step], score[0], atol=1e-4, rtol=1e-4)
     after = actor_critic.state_dict() | judge.state_dict(prefix="judge.")
     assert all(torch.equal(after[name], tensor) for name, tensor in kept.items())
@@ -54,25 +56,28 @@ def test_value_of_a_token_is_the_normalised_score_of_what_stands_before_it(make_
 
 
 def test_critic_that_starts_as_the_reward_model_explains_more_than_one_from_zero(make_trainer, make_palm):
-    # a judge of one token: how the state after a 7 lies along the head; its values are known before it is sampled
-    palm = make_palm()
-    judge = RewardModel(palm, pool_last=True)
-    optimizer = torch.optim.Adam(judge.finetune_parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    palm, generator = make_palm(), torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = RewardModel(palm, pool_last=True)
+    # without the embeddings, which the critic lacks
+    optimizer = torch.optim.Adam([*judge.adapter.parameters(), *judge.head.parameters()], lr=2e-2)
+    starts = torch.full((64,), 3)
+    for _ in range(50):
         ids = torch.randint(13, (64, 6), generator=generator)
         optimizer.zero_grad()
-        judge(ids, labels=(ids[:, :2] == 7).sum(dim=-1).float() + (ids[:, 0] > 6).float()).backward()
+        labels = (ids > 6).sum(dim=-1).float()
+        judge(ids, prompt_lengths=starts, labels=labels).backward()
         optimizer.step()
-    judge.eval().normalize_scores([{"seq": torch.randint(13, (64, 6), generator=generator)}])
-    explained = []
+    judge.eval().normalize_scores([{"seq": ids, "prompt_lengths": starts}])
+    prompts, explained = torch.randint(13, (20, 3), generator=generator), []
     for start in (False, True):
-        trainer = make_trainer(palm, reward_model=judge, prompt_token_ids=torch.randint(13, (9, 3), generator=generator))
+        trainer = make_trainer(palm, reward_model=judge, prompt_token_ids=prompts)
         if start:
             start_critic(trainer.actor_critic, judge)
-        rollout = trainer.score(trainer.rollout(*trainer.next_prompts(48), max_seq_len=6))
+        rollout = trainer.score(trainer.rollout(*trainer.next_prompts(20), max_seq_len=6))
         explained.append(trainer.learn(rollout)["value/explained_variance"])
-    assert explained[0] == pytest.approx(0, abs=1e-4) and explained[1] > 0.3
+    assert explained[0] == pytest.approx(0, abs=1e-3) and explained[1] > 0.3, explained
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_both_models_draw_with_the_same_random_numbers_in_every_batch(a, b):
     begins = [[text[:1] for text in side.responses[12:24]] for side in (found.a, found.b)]  # of the shortest prompt
     assert found.a.lengths.sum() != found.b.lengths.sum()
     assert sum(one == other for one, other in zip(*begins, strict=True)) >= 10
+    assert found.a.responses[:5] != found.a.responses[7:12]  # another batch of the same prompt: its own numbers
 
 
 def test_evaluate_leaves_models_and_global_random_state_alone(a, b, judge):

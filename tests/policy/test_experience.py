@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.policy import experience
+from palm_rlhf_pytorch.policy import rollout_file
 from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
 from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
@@ -69,7 +69,7 @@ def test_rows_come_back_as_from_memory(tmp_path: Path, scored: bool, layout: lis
         for rows in appends:
             part = rollout.select(torch.arange(first, first + rows))
             file.append(part)
-            assert_same(file.select(torch.arange(len(file) - rows, len(file))), part)
+            assert_same(Experience([file]).select(torch.arange(len(file) - rows, len(file))), part)
             first += rows
     source = Experience([RolloutFile(file.path) if reopened else file for file in files])
     assert len(source) == 7 and list(source.spans()) == rollout.spans() == SPANS
@@ -101,7 +101,7 @@ def test_discarded_file_begins_anew(tmp_path: Path) -> None:
     assert len(file) == 0 and file.scores is None and os.listdir(tmp_path) == []
     other = make_rollout([(2, 3)], seed=1)._replace(temperature=1.0, eos_token=None)
     file.append(other)
-    assert_same(RolloutFile(file.path).select(torch.tensor([0])), other)
+    assert_same(Experience([RolloutFile(file.path)]).select(torch.tensor([0])), other)
 
 
 # damage
@@ -115,7 +115,7 @@ def kept_rows(path: Path, rollout: Rollout) -> int | None:
         assert str(path) in str(error)
         return None
     if len(file):
-        assert_same(file.select(torch.arange(len(file))), rollout.select(torch.arange(len(file))))
+        assert_same(Experience([file]).select(torch.arange(len(file))), rollout.select(torch.arange(len(file))))
     return len(file)
 
 
@@ -155,7 +155,7 @@ def test_cut_file_keeps_whole_records_and_goes_on(tmp_path: Path, tail: bytes) -
             file.append(more)
             file = RolloutFile(path)
             assert len(file) == whole + 1
-            assert_same(file.select(torch.tensor([whole])), more)
+            assert_same(Experience([file]).select(torch.tensor([whole])), more)
             assert path.stat().st_size == starts[whole] + 52 + 4 * 4 + 20 * 2
 
 
@@ -219,7 +219,7 @@ def append_until_killed(path: Path, pool: Rollout, acknowledged: int, *, wait: b
     """In a child process: record k holds row k of the pool, over and over."""
     torch.set_num_threads(1)
     if not wait:  # a kill, unlike a power cut, loses nothing that was written; and so more of them hit a write
-        experience.os.fsync = lambda descriptor: None
+        rollout_file.os.fsync = lambda descriptor: None
     file = RolloutFile(path, verify=False)
     while True:
         rows = torch.arange(len(file), len(file) + 29) % len(pool.lengths)
@@ -256,7 +256,7 @@ def test_kill_loses_no_row_that_was_appended(tmp_path: Path) -> None:
         file = RolloutFile(path)
         assert len(file) >= told > 0
         for rows in torch.arange(len(file)).split(100):
-            assert_same(file.select(rows), pool.select(rows % 31))
+            assert_same(Experience([file]).select(rows), pool.select(rows % 31))
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def test_full_disk_leaves_the_rows_before(tmp_path: Path) -> None:
         with small_disk():
             file.append(large)
     assert file.path.read_bytes() == before and len(file) == 7
-    assert_same(file.select(torch.arange(7)), rollout)
+    assert_same(Experience([file]).select(torch.arange(7)), rollout)
     file.append(rollout.select(torch.tensor([3])))
     assert len(RolloutFile(file.path)) == 8
 
@@ -317,7 +317,7 @@ def test_rollout_that_cannot_be_kept_is_refused(tmp_path: Path, change, error, m
 
 def test_what_does_not_count_is_not_looked_at(tmp_path: Path) -> None:
     rollout = spoiled(make_rollout(SPANS), "logprobs", 2, torch.nan)  # a row of length 0
-    part = filled(tmp_path / "a", rollout).select(torch.arange(7))
+    part = Experience([filled(tmp_path / "a", rollout)]).select(torch.arange(7))
     assert part.lengths[2] == 0 and not part.logprobs[2].any()
 
 

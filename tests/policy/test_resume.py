@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 
@@ -70,7 +71,7 @@ def put(*place, to):
 
 def ids_beyond_the_vocabulary(values, tensors, files):
     name = next(name for name in files if name.endswith(".rollouts"))
-    part = RolloutFile(files[name]).select(torch.arange(10))
+    part = Experience([RolloutFile(files[name])]).select(torch.arange(10))
     changed = RolloutFile(files[name].parent.parent / f"{name}")
     changed.append(part._replace(sequences=part.sequences + 10**6))
     return files | {name: changed.path}

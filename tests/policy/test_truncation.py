@@ -56,9 +56,8 @@ def test_old_new_and_reference_are_each_cut_by_hand(make_palm, move, cut):
     learnt = actor_critic(SEQUENCES, PROMPT_LENGTHS, 4, **options)
     seen = actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4, **options)
     assert torch.equal(learnt.logprobs, seen.logprobs)
-    policy, reference = (
-        palm(SEQUENCES).detach().double() / 0.7 for palm in (actor_critic.export_palm().eval(), actor_critic.palm.eval())
-    )
+    models = actor_critic.export_palm(), actor_critic.palm
+    policy, reference = (palm(SEQUENCES).detach().double() / 0.7 for palm in models)
     for row, start in enumerate((3, 1)):
         for step in range(LENGTHS[row]):
             place, token = start + step - 1, int(SEQUENCES[row, start + step])
