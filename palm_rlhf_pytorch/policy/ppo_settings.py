@@ -24,7 +24,8 @@ class PPOSettings(PolicySettings):
         critic_dropout: dropout of the critic's learning passes.
         critic_warmup: updates in the beginning in which the critic alone learns; 0.
         critic_from_reward_model: start the critic as the reward model, which must share the trunk, be causal, have an
-            adapter of the critic's shape, and a scalar head with normalised scores; else it starts at 0.
+            adapter of the critic's shape, and a scalar head with normalised scores; else it starts at 0. It helps where
+            the score shows early in a response; take a reward model with pool_last, and a critic_warmup.
         eps_clip: half-width of the ratio's trust region; 0.2 in the PPO paper.
         dual_clip: bound on the ratio where the advantage is negative; None for none; 3 in Ye et al. 2019.
         value_clip: how far a value counts as moved from the old one, in units of the normalised score; None for raw
@@ -108,6 +109,11 @@ class PPOSettings(PolicySettings):
         return adaptive_kl_coef(
             kl_coef, kl, target_kl_nats_per_response=target, num_episodes=num_episodes, horizon=self.kl_horizon
         )
+
+    @property
+    def starts_critic(self) -> bool:
+        """Whether the critic begins as the reward model."""
+        return self.critic_from_reward_model
 
     @property
     def stale_updates(self) -> int:

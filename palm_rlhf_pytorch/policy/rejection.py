@@ -9,6 +9,7 @@ No reference holds the policy back: the bound of best of n, log n - (n - 1) / n 
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,8 +154,11 @@ class RejectionTrainer:
             The figures of each round of this call, `rejection/...`.
 
         Raises:
-            ValueError: if a number is out of range, run_dir holds a run that is not resumed or does not fit, or a
-                round keeps no response.
+            ValueError: if a number is out of range, run_dir holds a run that is not resumed or does not fit, or the
+                first round keeps no response.
+
+        Warns:
+            UserWarning: if a later round keeps none: all responses score alike, and the call ends there.
         """
         sampling: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -169,6 +173,9 @@ class RejectionTrainer:
         self.stopped, history = None, []
         for number in range(first, num_rounds + 1):
             kept = self._kept(number, prompts_per_round, sampling, told, use_tqdm=use_tqdm)
+            if len(kept.examples) == 0:
+                self._end_without_choice(number, kept.figures["rejection/score"])
+                break
             found, self.stopped = self._learn(number, kept, num_epochs, told, use_tqdm=use_tqdm)
             if self.stopped is not None:
                 break
@@ -218,7 +225,7 @@ class RejectionTrainer:
         texts, figures = self._chosen(number, best)
         kept = Kept(KeptExamples(texts), figures)
         with self.ranks.together():
-            if path is not None and self.accelerator.is_main_process:
+            if path is not None and len(texts) and self.accelerator.is_main_process:
                 kept.save(path, told=told)
         return kept
 
@@ -236,14 +243,20 @@ class RejectionTrainer:
         texts = TokenTexts(
             [torch.tensor(row) for rows, _ in everything for row in rows], [n for _, rows in everything for n in rows]
         )
-        if len(texts) == 0:
-            raise ValueError(
-                f"round {number} keeps no response: to none of its {prompts:.0f} prompts did the judge tell responses"
-                f" apart{'' if self.min_score is None else f' and give one min_score ({self.min_score})'}; the mean"
-                f" score is {total / max(count, 1):.3g}: more samples, easier prompts or another judge would do"
-            )
         figures = {"score": total / max(count, 1), "best_score": total_best / prompts, "kept": float(len(texts))}
         return texts, {f"rejection/{name}": value for name, value in figures.items()}
+
+    def _end_without_choice(self, number: int, score: float) -> None:
+        """A round that keeps nothing is a fault in the first, and in a later one the end of what can be learnt so."""
+        least = "" if self.min_score is None else f" and give one min_score ({self.min_score})"
+        found = (
+            f"round {number} keeps no response: to none of its prompts did the judge tell responses apart{least}; the"
+            f" mean score is {score:.3g}"
+        )
+        if number == 1:
+            raise ValueError(f"{found}: more samples, easier prompts or another judge would do")
+        if self.accelerator.is_main_process:
+            warnings.warn(f"{found}; the run ends here", stacklevel=4)
 
     def _learn(
         self, number: int, kept: Kept, num_epochs: int, told: str, *, use_tqdm: bool

@@ -44,8 +44,9 @@ class PolicySettings:
         ptx_coef: weight of a pretraining loss that is mixed into each step (https://arxiv.org/abs/2203.02155); needs
             the trainer's `pretraining`. 0 for none.
         ptx_length: tokens of each text of it; a step reads as many texts as it has responses.
-        top_k: sample from the k likeliest tokens alone, and learn the policy that does so: it, the old one and the
-            reference are each cut to their own likeliest. None, as in most of the literature: all tokens.
+        top_k: sample from the k likeliest tokens alone, and learn the policy that does so: it and the old one are cut
+            to their own likeliest, the reference to its own and those that the policy keeps. None, as in most of the
+            literature: all tokens.
         top_p: the same with the likeliest tokens that have this probability together.
         missing_eos_penalty: subtracted from the score, as it is learnt from, of a response without EOS; without effect
             where `eos_token` is None. None for none.
@@ -174,6 +175,11 @@ class PolicySettings:
     def next_kl_coef(self, kl_coef: float, kl: float, *, num_episodes: int) -> float:
         """The coefficient after a rollout of num_episodes with kl nats a response."""
         return kl_coef
+
+    @property
+    def starts_critic(self) -> bool:
+        """Whether the critic begins as the reward model."""
+        return False
 
     @property
     def stale_updates(self) -> int:

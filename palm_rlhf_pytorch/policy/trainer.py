@@ -25,6 +25,7 @@ from palm_rlhf_pytorch.policy.arguments import (
     check_rollout_arguments,
     check_trackers,
 )
+from palm_rlhf_pytorch.policy.critic_start import start_critic
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.judging import Judge, Judged, ask_source, judged
@@ -103,6 +104,8 @@ class PolicyTrainer:
         self.actor_critic = ActorCritic(
             trunk, critic=critic, generator=self.generator("adapters"), **settings.model_arguments()
         )
+        if settings.starts_critic:
+            start_critic(self.actor_critic, judge)
         self.learner = Learner(
             self.actor_critic, self.accelerator, loss=loss, pretraining=self.pretraining, **settings.learner_arguments()
         )

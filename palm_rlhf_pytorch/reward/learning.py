@@ -48,7 +48,7 @@ from palm_rlhf_pytorch.training.saves import KIND, Saves
 from palm_rlhf_pytorch.training.supervised import fit
 from palm_rlhf_pytorch.typecheck import typecheck
 
-MAX_REFERENCES = 2048  # texts that scores are normalised on
+MAX_REFERENCES = 512  # texts that scores are normalised on; Ziegler et al. take 256
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def train_reward_model(
         rankings: loss of rankings: `ranking_loss`, or `choice_loss` where only the best was chosen.
         evals_per_epoch: evaluations on `held_out`, and checkpoints, in each epoch.
         patience: the run ends after so many evaluations without a new best one.
-        normalize: give the scores mean 0 and deviation 1 over the texts learnt from, 2048 of them at most.
+        normalize: give the scores mean 0 and deviation 1 over the texts learnt from, 512 of them at most.
         seed: of the order of the batches. Dropout draws from torch's global random state.
         run_dir: folder for checkpoints; None keeps none.
         resume: go on with the run in run_dir, if it holds one: the same arguments lead to the same weights.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.policy.pretraining import Pretraining
+from palm_rlhf_pytorch.reward.model import RewardModel
 
 CALL = {"max_new_tokens": 3, "use_tqdm": False, "update_timesteps": 8, "preflight": False}
 TEXTS = torch.arange(200) * 7 % 13
@@ -135,3 +136,17 @@ def test_windows_come_from_the_text_and_follow_from_the_state():
     assert all((places == window).all(dim=-1).any() for window in first)
     with pytest.raises(TypeError, match="integers"):
         Pretraining(TEXTS.float(), length=5, num_tokens=13)
+
+
+def test_a_trainer_starts_its_critic_as_the_reward_model(make_trainer, make_palm):
+    palm = make_palm()
+    judge = RewardModel(palm, pool_last=True)
+    judge.normalize_scores([{"seq": torch.arange(12).reshape(4, 3)}])
+    trainer = make_trainer(palm, reward_model=judge, critic_from_reward_model=True)
+    batch = trainer.next_prompts(3)
+    rollout = trainer.rollout(batch.ids, batch.mask, max_new_tokens=4)
+    before_last = rollout.sequences[0, : rollout.prompt_lengths[0] + 3].long()[None]
+    expected = judge.eval()(before_last, prompt_lengths=rollout.prompt_lengths[:1])
+    torch.testing.assert_close(rollout.values[0, 3], expected[0])
+    with pytest.raises(ValueError, match="it takes a RewardModel"):
+        make_trainer(critic_from_reward_model=True)

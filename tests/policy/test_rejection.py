@@ -105,10 +105,20 @@ def test_a_judge_that_tells_nothing_apart_stops_the_run():
     def indifferent(sequences, *, prompt_mask, mask):
         return torch.zeros(len(sequences))
 
-    with pytest.raises(ValueError, match="round 1 keeps no response: to none of its 12 prompts"):
+    with pytest.raises(ValueError, match="round 1 keeps no response: to none of its prompts"):
         make(reward_model=indifferent).train(2, **CALL)
     with pytest.raises(ValueError, match=r"min_score \(9.0\)"):
         make(min_score=9.0).train(2, **CALL)
+
+
+def test_a_later_round_that_keeps_nothing_ends_the_run(tmp_path):
+    def soon_indifferent(sequences, *, prompt_mask, mask):
+        first = not (tmp_path / "rounds" / "round-00000001" / "metrics.jsonl").exists()
+        return count_sevens(sequences, prompt_mask=prompt_mask, mask=mask) * first
+
+    with pytest.warns(UserWarning, match=r"round 2 keeps no response.*mean score is 0; the run ends here"):
+        assert len(make(reward_model=soon_indifferent, run_dir=tmp_path).train(5, **CALL)) == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,12 @@ def test_the_rule_by_hand():
     assert first_verdict(recovers, Watch(settings)) == (None, None)
 
 
+def test_nothing_is_decided_before_four_windows_tell_the_noise():
+    records = [{"reward/score": float(at), "reward/held_out_score": -float(at)} for at in range(30)]
+    step, verdict = first_verdict(records)  # windows and patience of 5: of updates 20 to 24, against 1 to 5
+    assert step == 24 and verdict.best_step == 2
+
+
 SIGNS = {
     "kl": ({"kl": lambda at: at}, 50, "KL to the reference"),
     "length": ({"length": lambda at: 20 + at / 2, "corr": lambda at: 0.6}, 44, "the judge pays"),
