@@ -1,4 +1,4 @@
-"""RLHF on a PaLM language model: train a PaLM, train a reward model, improve the PaLM with PPO.
+"""RLHF on a PaLM language model: train a PaLM, train a reward model, improve the PaLM with PPO, GRPO or DPO.
 
     text  ->  palm  ->  reward  ->  policy
     words     a model    a judge     learns from
@@ -6,13 +6,28 @@
 
 Rooms, from the ground up: tensors, rotary, attention and lora are bricks; `text` makes ids of words; `objectives` holds
 every loss as a pure function; `training` what all trainers share; `palm` the language model; `reward` the judge;
-`policy` PPO; `cli` the command `palm-rlhf`. A file imports only from lower floors.
+`policy` PPO, the group methods, and what learns straight from preferences; `cli` the command `palm-rlhf`. A file imports only from lower floors.
 Read first: palm/transformer.py, reward/model.py, policy/rollout.py, objectives/policy_gradient.py, policy/ppo.py.
 """
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
+from palm_rlhf_pytorch.policy.dpo import DPOTrainer
+from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
+from palm_rlhf_pytorch.policy.kto import KTOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
+from palm_rlhf_pytorch.policy.rejection import RejectionTrainer
+from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble
 from palm_rlhf_pytorch.reward.model import RewardModel
 
-__all__ = ["ActorCritic", "PaLM", "RLHFTrainer", "RewardModel"]
+__all__ = [
+    "ActorCritic",
+    "DPOTrainer",
+    "GRPOTrainer",
+    "KTOTrainer",
+    "PaLM",
+    "RLHFTrainer",
+    "RejectionTrainer",
+    "RewardEnsemble",
+    "RewardModel",
+]

@@ -15,7 +15,7 @@ from palm_rlhf_pytorch.cli.pretrain import bits_per_byte
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.comparison import Contest
 from palm_rlhf_pytorch.policy.evaluation import Evaluation, Side, evaluate
-from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.reward.ensemble import load_judge
 from palm_rlhf_pytorch.text.datasets import read_prompts, read_texts
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
@@ -50,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         parser.add_argument(name.lower(), metavar=name, help=f"file of model {name}, as PaLM.save writes it")
     for option, meaning in (
         ("--prompts", "UTF-8 text, one prompt a line"),
-        ("--judge", "file of a reward model, as RewardModel.save writes it; may be given several times"),
+        ("--judge", "file of a reward model, as `palm-rlhf reward` writes it; may be given several times"),
     ):
         action = "append" if option == "--judge" else "store"
         parser.add_argument(
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         check_folder(out)
     prompts, text = read_prompts(args.prompts), text_of(args)
     models = [_checked(PaLM.from_checkpoint(path), path).to(device).eval() for path in (args.a, args.b)]
-    judges = {name: RewardModel.from_checkpoint(path) for name, path in judge_names(args.judge).items()}
+    judges = {name: load_judge(path) for name, path in judge_names(args.judge).items()}
     for judge, path in zip(judges.values(), args.judge, strict=True):
         _checked(judge.palm, path)
         judge.to(device).eval()

@@ -84,7 +84,7 @@ def bradley_terry_loss(
     losses = _soft_losses(gap if margin is None else gap - margin, label) + centering * (chosen + rejected).square()
     gap = gap.detach()
     share = _shares(weight, gap)
-    return PreferenceLoss(losses @ share, _agreement(gap, label) @ share, gap @ share)
+    return PreferenceLoss(_mean(losses, share), _mean(_agreement(gap, label), share), _mean(gap, share))
 
 
 def ranking_loss(
@@ -124,7 +124,7 @@ def ranking_loss(
     of_pair = counted.to(scores.dtype) / counted.sum(dim=1, keepdim=True)
     share = _shares(weight, scores[:, 0].detach())
     losses, agreement = _soft_losses(gap, label) + pull, _agreement(gap.detach(), label)
-    return LabelLoss((losses * of_pair).sum(dim=1) @ share, (agreement * of_pair).sum(dim=1) @ share)
+    return LabelLoss(_mean((losses * of_pair).sum(dim=1), share), _mean((agreement * of_pair).sum(dim=1), share))
 
 
 def choice_loss(
@@ -155,7 +155,7 @@ def choice_loss(
     losses = -(target * logits.log_softmax(dim=1).masked_fill(~mask, 0.0)).sum(dim=1)
     right = best.gather(1, logits.argmax(dim=1, keepdim=True))
     share = _shares(weight, losses.detach())
-    return LabelLoss(losses @ share, rearrange(right, "b 1 -> b").to(share.dtype) @ share)
+    return LabelLoss(_mean(losses, share), _mean(rearrange(right, "b 1 -> b"), share))
 
 
 def bins_loss(logits: Tensor, bins: Tensor, *, weight: Tensor | None = None) -> LabelLoss:
@@ -179,7 +179,7 @@ def bins_loss(logits: Tensor, bins: Tensor, *, weight: Tensor | None = None) -> 
         raise ValueError(f"logits {tuple(logits.shape)} and bins {tuple(bins.shape)} must be (b, c) and (b,), b not 0")
     losses = F.cross_entropy(at_least_float32(logits), bins, reduction="none")
     share = _shares(weight, losses.detach())
-    return LabelLoss(losses @ share, (logits.argmax(dim=1) == bins).to(share.dtype) @ share)
+    return LabelLoss(_mean(losses, share), _mean(logits.argmax(dim=1) == bins, share))
 
 
 def scalar_loss(scores: Tensor, values: Tensor, *, weight: Tensor | None = None) -> ScalarLoss:
@@ -196,7 +196,7 @@ def scalar_loss(scores: Tensor, values: Tensor, *, weight: Tensor | None = None)
     _check_row(scores=scores, values=values)
     errors = at_least_float32(scores) - values
     share = _shares(weight, errors.detach())
-    return ScalarLoss(errors.square() @ share, errors.detach().abs() @ share)
+    return ScalarLoss(_mean(errors.square(), share), _mean(errors.detach().abs(), share))
 
 
 def vote_loss(scores: Tensor, up: Tensor, *, middle: float = 0.0, weight: Tensor | None = None) -> LabelLoss:
@@ -220,7 +220,7 @@ def vote_loss(scores: Tensor, up: Tensor, *, middle: float = 0.0, weight: Tensor
     distance = at_least_float32(scores) - middle
     label = up.to(distance.dtype)
     share = _shares(weight, distance.detach())
-    return LabelLoss(_soft_losses(distance, label) @ share, _agreement(distance.detach(), label) @ share)
+    return LabelLoss(_mean(_soft_losses(distance, label), share), _mean(_agreement(distance.detach(), label), share))
 
 
 def _soft_losses(difference: Tensor, label: Tensor) -> Tensor:
@@ -241,6 +241,10 @@ def _shares(weight: Tensor | None, like: Tensor) -> Tensor:
     if not bool((weight >= 0).all()) or not 0 < float(total) < torch.inf:
         raise ValueError(f"weight ({weight.tolist()}) must be 0 or above and finite, and not all 0")
     return (weight / total).to(like.dtype)
+
+
+def _mean(values: Tensor, share: Tensor) -> Tensor:
+    return (values * share).sum()  # not a product of vectors: autocast would round it to bfloat16
 
 
 def _check_row(**tensors: Tensor) -> None:

@@ -248,7 +248,7 @@ class RewardModel(nn.Module):
         if not self.settings.num_binned_output:
             return rearrange(outputs, "b 1 -> b")
         ratings = torch.arange(self.settings.num_binned_output, device=outputs.device) + self.settings.label_offset
-        return outputs.softmax(dim=-1) @ ratings.float()
+        return (outputs.softmax(dim=-1) * ratings).sum(dim=-1)  # autocast rounds products of matrices
 
     def _normalized(self, scores: Tensor) -> Tensor:
         return (scores - self.score_mean) / self.score_std

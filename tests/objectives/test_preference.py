@@ -168,6 +168,15 @@ def test_a_weight_counts_like_a_repetition(kind: str) -> None:
             loss(x, [0, 1, 2], weight)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_keep_their_digits_under_autocast(kind: str) -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    expected = LOSSES[kind](x, [0, 1, 2], torch.tensor([1.5, 0.5, 1.0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = LOSSES[kind](x, [0, 1, 2], torch.tensor([1.5, 0.5, 1.0]))
+    assert torch.equal(torch.stack(found), torch.stack(expected)) and found.loss.dtype == torch.float32
+
+
 def test_bad_labels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"ranks \(2, 4\)"):
         ranking_loss(torch.ones(2, 3), torch.ones(2, 4, dtype=torch.long))

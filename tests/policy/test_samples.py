@@ -7,6 +7,7 @@ import torch
 
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.samples import SampleLog, extremes, extremes_of, read_samples
+from tests.policy.helpers import one_process
 
 NAN, INF = float("nan"), float("inf")
 
@@ -107,6 +108,17 @@ def test_log_goes_on_after_a_crash_and_is_rewound(tmp_path):
     assert [(sample["step"], sample["score"]) for sample in read_samples(path)] == [(1, 1.0), (1, 0.0), (2, 7.0)]
     assert read_samples(path)[0]["response"] == lines
     SampleLog(None).log([{"score": 1.0}], 1)  # writes nothing
+
+
+def test_log_picks_the_extremes_of_a_source_itself(rollout, tmp_path):
+    log, scored = SampleLog(tmp_path / "samples.jsonl"), rollout._replace(scores=torch.tensor([0.5, 2, -1, NAN, 1, 0]))
+    common = {"ranks": one_process(), "held_out_scores": torch.arange(6.0)}
+    log.log_extremes(scored, 0, step=1, tokenizer=Ids(), **common)
+    log.log_extremes(scored, 1, step=2, tokenizer=Ids(), **common)
+    log.log_extremes(scored, 1, step=3, tokenizer=len, **common)  # which cannot decode
+    found = [(sample["step"], sample["kind"], sample["response"]) for sample in read_samples(log.path)]
+    assert found == [(2, "best", "10"), (2, "worst", "20 21"), (3, "best", [10]), (3, "worst", [20, 21])]
+    assert [sample["held_out_score"] for sample in read_samples(log.path)] == [1.0, 2.0, 1.0, 2.0]
 
 
 def test_reading_names_the_line_that_is_no_sample(tmp_path):

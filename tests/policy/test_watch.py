@@ -82,8 +82,10 @@ def test_the_rule_by_hand():
     # highest at update 7, of the policy of 6 updates. At update 8 the bend is all the noise there is: pairs of updates
     # have the means 1.5, 3.5, 5.5, 6.75, so that a value has the variance 2 * 0.75^2 / (6 * 2) = 0.306^2, and the
     # highest of 8 stands out by sqrt(2 log 8) * 0.306 = 0.62: a fall of 0.5 is none yet, those of 9, 10, 11 are
-    step, verdict = first_verdict(records, Watch(settings))
-    assert step == 11 and verdict.best_step == 6
+    watch = Watch(settings)
+    assert watch.best_step is None
+    step, verdict = first_verdict(records, watch)
+    assert step == 11 and verdict.best_step == watch.best_step == 6
     flat = [record | {"reward/score": 1.0} for record in records]  # the score learnt from does not rise
     assert first_verdict(flat, Watch(settings)) == (None, None)
     recovers = [*records[:10], records[6] | {"reward/score": 20.0}, *records[10:12]]  # two falls, level, two falls

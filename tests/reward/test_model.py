@@ -1,5 +1,6 @@
 """RewardModel: what it scores, what it trains, what it leaves alone."""
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -341,3 +342,12 @@ def test_drawn_ratings_are_normalised_like_scores():
     model.normalize_scores([{"seq": ids(5, 4)}])
     again = model(ids(5, 4), sample=True, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(again, (drawn - model.score_mean) / model.score_std, rtol=0, atol=1e-4)
+
+
+def test_expectations_over_bins_keep_their_digits_under_autocast():
+    model, logits = judge(num_binned_output=5), torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model._scores(logits)
+    exponentials = [math.exp(number) for number in logits[0].tolist()]
+    expected = sum(place * number for place, number in enumerate(exponentials)) / sum(exponentials)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-6)
