@@ -1,5 +1,6 @@
 """The README's snippets run as printed: at reduced sizes, and once with their printed shapes and one update."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
+from palm_rlhf_pytorch.text import ByteTokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP, RESUMED = SNIPPETS
+LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP, LABELS, SEVERAL, GROUPS, DIRECT, RESUMED = SNIPPETS
 
 SMALL = {
     "num_tokens=20000": "num_tokens=300",
@@ -111,6 +113,29 @@ def test_resume_snippet_goes_on_where_it_was(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {
         "metrics.jsonl", "experience", "checkpoints",
     }  # fmt: skip
+
+
+def test_snippets_on_labels_judges_and_objectives_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    lines = [{"prompt": f"{day}? ", "chosen": "yes", "rejected": f"not on day {day}"} for day in range(40)]
+    Path("labels.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    palm = PaLM(num_tokens=259, dim=24, depth=2)
+    given = {"palm": palm, "RewardModel": RewardModel, "tokenizer": ByteTokenizer()}
+    labels = run(LABELS, {}, **given)
+    assert "40 pairs" in capsys.readouterr().out
+    assert RewardModel.from_checkpoint("reward_model.pt").config == labels["judge"].config
+    judge = run(SEVERAL, {}, reward_model=labels["judge"], **given)["judge"]
+    assert sorted(judge.judges) == ["liked", "short"]
+    trainer = run(
+        GROUPS,
+        {"num_episodes=50000": "num_episodes=72, max_seq_len=40"},
+        judge=judge,
+        prompts=torch.randint(0, 256, (70, 31)),
+        **given,
+    )["trainer"]
+    assert trainer.episodes == 72 and "reward/short" in trainer.metrics.defined
+    assert run(DIRECT, {}, **given)["trainer"].steps > 0
 
 
 @pytest.mark.slow

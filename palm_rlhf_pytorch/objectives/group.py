@@ -62,7 +62,7 @@ def leave_one_out_advantages(rewards: Tensor, groups: Tensor, counted: Tensor) -
 
 
 class _GroupMoments(NamedTuple):
-    """Of each response's group, (n,) each: how many count in it, deviation from the mean, deviation; whether they differ."""
+    """Of each response, (n,): how many of its group count, how far it is off their mean, their deviation, if they differ."""
 
     size: Tensor
     centered: Tensor
