@@ -134,9 +134,11 @@ def run(args: argparse.Namespace) -> int:
     say = trainer.accelerator.print
     say(labels.summary())
     say(f"{len(train):,} records to learn from, {len(held_out):,} held out; {trainer.cuts}")
+    begin = {"num_epochs": args.epochs, "resume": "auto" if resume else None}
+    trainer.check_call(**begin)
     before = trainer.evaluate()
     try:
-        trainer.train(args.epochs, resume="auto" if resume else None, preflight=not hasattr(args, "no_preflight"))
+        trainer.train(**begin, preflight=not hasattr(args, "no_preflight"))
     except PreflightError as error:  # a list, which one line would make unreadable
         print(f"palm-rlhf dpo: error: {error}", file=sys.stderr)
         return 2

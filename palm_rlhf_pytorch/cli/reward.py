@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.pretrain import metrics_path
@@ -24,13 +25,14 @@ from palm_rlhf_pytorch.reward.labels import EncodedLabels
 from palm_rlhf_pytorch.reward.learning import RewardTraining, train_reward_model
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.reward.report import RewardReport
-from palm_rlhf_pytorch.text.datasets import BadRecord, read_labels, skip_bad_record, split_by_group
+from palm_rlhf_pytorch.text.datasets import BadRecord, Labels, read_labels, skip_bad_record, split_by_group
 from palm_rlhf_pytorch.text.records import Label, Pair
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.plots import reliability_plot
+from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import clear, strangers
 
 TOKENIZER = ByteTokenizer()
@@ -154,23 +156,37 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{args.palm} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}"
         )
-    folders = _folders(args)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the present one
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    say = accelerator.print
+    with Ranks(accelerator).together():  # all look before one of them writes
+        folders = _folders(args)
     columns = _columns(getattr(args, "column", []))
     labels = read_labels(args.data, on_bad_record=ON_BAD_RECORD[args.on_bad_record], columns=columns)
-    print(labels.summary())
+    say(labels.summary())
     train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
     weights = annotator_weights(train) if args.weigh_annotators else None
     train, held_out = merge_annotators(train, weights=weights), merge_annotators(held_out)
-    print(f"{len(train):,} labels to learn from, {len(held_out):,} held out, whole groups of them")
-    judge = _new_judge(palm.to(device), args)
+    say(f"{len(train):,} labels to learn from, {len(held_out):,} held out, whole groups of them")
+    judge = _new_judge(palm.to(accelerator.device), args)
     members = judge.models if isinstance(judge, RewardEnsemble) else [judge]
     for number, (member, folder) in enumerate(zip(members, folders, strict=True)):
         own = train if len(members) == 1 else bootstrap(train, seed=args.seed + number)
-        found = _train(member, own, held_out, args, folder, number)
+        found = _train(member, own, held_out, args, folder, number, accelerator)
         if found.stopped is not None:
-            print(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
+            say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
             return 0
-        print(_told(found, number if len(members) > 1 else None))
+        say(_told(found, number if len(members) > 1 else None))
+    if accelerator.is_main_process:
+        _finish(judge, found, labels, args, folders)
+    return 0
+
+
+def _finish(
+    judge: Judge, found: RewardTraining, labels: Labels, args: argparse.Namespace, folders: Sequence[Path]
+) -> None:
+    """Save the judge, judge it on what was held out, and clear the run's checkpoints away."""
     judge.save(args.out)
     assert found.held_out is not None, "split_by_group leaves no side empty"
     notes = [f"{len(found.held_out.labels):,} held-out labels of {', '.join(Path(path).name for path in args.data)}"]
@@ -182,7 +198,6 @@ def run(args: argparse.Namespace) -> int:
         clear(Checkpoints(folder))
     _remove_if_empty(folders[0].parent)
     print(f"saved {args.out}")
-    return 0
 
 
 def _columns(given: Sequence[str]) -> dict[str, str | None]:
@@ -223,23 +238,20 @@ def _new_judge(palm: PaLM, args: argparse.Namespace) -> Judge:
 
 
 def _train(
-    member: RewardModel,
-    train: Sequence[Label],
-    held_out: Sequence[Label],
-    args: argparse.Namespace,
-    folder: Path,
-    number: int,
-) -> RewardTraining:
+    member: RewardModel, train: Sequence[Label], held_out: Sequence[Label], args: argparse.Namespace, folder: Path,
+    number: int, accelerator: Accelerator,
+) -> RewardTraining:  # fmt: skip
     """Train one member; its metrics go beside the model."""
     resume, path = hasattr(args, "resume"), metrics_path(args.out)
     if args.members > 1:
         path = path.with_name(f"{args.out.stem}.{number}.metrics.jsonl")
-    if not resume:
+    if not resume and accelerator.is_main_process:
         path.unlink(missing_ok=True)  # of an earlier run that wrote the same model
     return train_reward_model(
         member, train, TOKENIZER, eos_token=TOKENIZER.eos_token, held_out=held_out, epochs=args.epochs, lr=args.lr,
         max_length=args.max_length, max_tokens_per_batch=args.batch_tokens, centering=args.centering,
-        patience=args.patience, seed=args.seed + number, run_dir=folder, resume=resume, metrics=MetricsLog(path),
+        patience=args.patience, seed=args.seed + number, run_dir=folder, resume=resume, accelerator=accelerator,
+        metrics=MetricsLog(path, accelerator=accelerator),
         description="reward model" if args.members == 1 else f"member {number + 1} of {args.members}",
     )  # fmt: skip
 

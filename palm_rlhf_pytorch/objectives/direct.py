@@ -150,6 +150,8 @@ def simpo_loss(pairs: PairLogprobs, *, beta: float = 2.0, gamma: float = 1.0) ->
 
     Meng et al., https://arxiv.org/abs/2405.14734: beta 2 to 2.5, gamma about half of it.
     """
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma ({gamma}) must be finite")
     free = pairs.without_reference().per_token()
     return _averaged(free, lambda difference: -F.logsigmoid(difference - gamma), beta=beta)
 

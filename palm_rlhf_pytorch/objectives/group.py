@@ -10,7 +10,9 @@ https://arxiv.org/abs/2507.18071. Pure functions of tensors; nothing here sample
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -62,7 +64,7 @@ def leave_one_out_advantages(rewards: Tensor, groups: Tensor, counted: Tensor) -
 
 
 class _GroupMoments(NamedTuple):
-    """Of each response, (n,): how many of its group count, how far it is off their mean, their deviation, if they differ."""
+    """Of each response, (n,): how many of its group count, its distance from their mean, their deviation, if they differ."""
 
     size: Tensor
     centered: Tensor
@@ -103,21 +105,22 @@ def informative_groups(rewards: Tensor, groups: Tensor, counted: Tensor) -> Tens
     return highest > lowest
 
 
-def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
+def overlong_penalty(lengths: Tensor, *, max_length: int | Tensor, buffer: int) -> Tensor:
     """DAPO's soft punishment of responses that come near their limit, to be added to the score, (n,).
 
     0 up to max_length - buffer tokens, then falling linearly to -1 at max_length, and -1 beyond (eq. 13).
 
     Args:
         lengths: tokens of each response, (n,).
-        max_length: the limit, 20,480 in the paper.
-        buffer: tokens over which the penalty grows, 4,096 there; from 1 to max_length.
+        max_length: the limit, 20,480 in the paper; or that of each response, (n,).
+        buffer: tokens over which the penalty grows, 4,096 there; from 1 to the largest max_length.
 
     Raises:
         ValueError: if buffer is not from 1 to max_length.
     """
-    if not 1 <= buffer <= max_length:
-        raise ValueError(f"buffer ({buffer}) must be from 1 to max_length ({max_length})")
+    most = max_length if isinstance(max_length, int) else int(max_length.max())
+    if not 1 <= buffer <= most:
+        raise ValueError(f"buffer ({buffer}) must be from 1 to max_length ({most})")
     return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 
 
@@ -183,17 +186,29 @@ class GroupObjective:
 
     def __post_init__(self) -> None:
         for name in ("kl_coef", "kl_loss_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be 0 or above")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} ({getattr(self, name)}) must be 0 or above, and finite")
+        if not 0 < self.eps_clip < 1:
+            raise ValueError(f"eps_clip ({self.eps_clip}) must be above 0 and below 1")
+        if not (self.eps_clip_high > 0 and isfinite(self.eps_clip_high)):
+            raise ValueError(f"eps_clip_high ({self.eps_clip_high}) must be above 0, and finite")
         if self.level is not per_token and self.average is not sequence_average:
             raise ValueError(
-                f"average ({self.average.__name__}) weights tokens, but level ({self.level.__name__}) leaves one ratio"
-                " a response: average must be sequence_average"
+                f"average ({_named(self.average)}) weights tokens, but level ({_named(self.level)}) leaves one ratio a"
+                " response: average must be sequence_average"
             )
 
     def plain(self) -> dict[str, float | str]:
         """JSON-able: numbers, and functions by their names."""
-        return {name: getattr(value, "__name__", value) for name, value in vars(self).items()}
+        return {name: value if isinstance(value, int | float) else _named(value) for name, value in vars(self).items()}
+
+
+def _named(function: Any) -> str:
+    """What tells a function from others, in the next process too: its name, and what a `partial` has fixed of it."""
+    if isinstance(function, partial):
+        fixed = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"{_named(function.func)}({', '.join(fixed)})"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 GRPO = GroupObjective()  # token mean and higher upper clip as in DAPO, no KL
@@ -252,6 +267,8 @@ def group_loss(
         eps_clip_high=objective.eps_clip_high, weights=objective.average(places, counts, max_length),
         num_tokens=counts.tokens if objective.level is per_token else counts.rows,
     )  # fmt: skip
+    if objective.level is not per_token:  # how far the policy has moved is told in nats a token whatever is clipped
+        policy = policy._replace(**_moved(logprobs.detach(), old_logprobs, mask, counts))
     kl = policy.loss.new_zeros(())
     if objective.kl_loss_coef:
         since, apart = (
@@ -262,3 +279,9 @@ def group_loss(
         )
         kl = (objective.average(mask, counts, max_length) * since.exp() * kl_k3(apart, torch.zeros_like(apart))).sum()
     return GroupLoss(policy.loss + objective.kl_loss_coef * kl, policy, kl)
+
+
+def _moved(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, counts: Counts) -> dict[str, Tensor]:
+    """KL(old || policy) by its estimators, means over response tokens."""
+    found = policy_loss(logprobs, old_logprobs, torch.zeros_like(logprobs), mask, num_tokens=counts.tokens)
+    return {name: getattr(found, name) for name in ("approx_kl", "approx_kl_k1", "approx_kl_k2")}

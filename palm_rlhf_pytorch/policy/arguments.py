@@ -83,7 +83,8 @@ def check_train_arguments(
     for name, count in (("num_episodes", num_episodes), ("update_timesteps", update_timesteps)):
         if count < 1:
             raise ValueError(f"{name} ({count}) must be at least 1")
-    settings.check_update(min(num_episodes, update_timesteps))
+    for size in (min(num_episodes, update_timesteps), num_episodes % update_timesteps):  # of all updates, and the last
+        settings.check_update(size)
     check_sampling_arguments(
         prompts.lengths, palm=palm, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens, eos_token=eos_token,
         temperature=temperature,

@@ -170,6 +170,14 @@ class DirectTrainer:
         self.stopped = None if saves is None else saves.stopped
         return found | self.latest
 
+    def check_call(self, num_epochs: int = 1, *, num_steps: int | None = None, resume: str | None = None) -> None:
+        """Raise the ValueError that `train` would, for its arguments or the run in run_dir; nothing is read or written.
+
+        To be called before `evaluate` or `reference`, which replace the stored reference of another run.
+        """
+        self._saves(resume)
+        self._plan(num_epochs, num_steps)
+
     def evaluate(self) -> dict[str, float]:
         """Loss, accuracy and margin of the held-out examples as `eval/...`; to be called on every process.
 

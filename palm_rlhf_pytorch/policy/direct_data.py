@@ -281,15 +281,17 @@ def pair_examples(pairs: Sequence[Pair], encoder: Encoder) -> PairExamples:
     return PairExamples(texts, torch.tensor([float(pair.preference) for pair in pairs]), _weights(pairs))
 
 
-def vote_examples(votes: Sequence[Vote], encoder: Encoder, *, seed: int) -> VoteExamples:
+def vote_examples(votes: Sequence[Vote], encoder: Encoder, *, seed: int, name: str = "votes") -> VoteExamples:
     """Votes as tokens, each with a response to another prompt in place of its own; which one follows from the seed.
+
+    `name` is what errors call them.
 
     Raises:
         ValueError: if there is no vote, all have one prompt, or naming the vote at fault.
     """
     if not votes:
-        raise ValueError("votes is empty: give at least two, on different prompts")
-    others = _other_prompts([vote.text.prompt for vote in votes], seed=seed)
+        raise ValueError(f"{name} is empty: give at least two, on different prompts")
+    others = _other_prompts([vote.text.prompt for vote in votes], seed=seed, name=name)
     groups = [
         group
         for vote, other in zip(votes, others, strict=True)
@@ -299,11 +301,11 @@ def vote_examples(votes: Sequence[Vote], encoder: Encoder, *, seed: int) -> Vote
     return VoteExamples(encoder(groups, places), torch.tensor([vote.up for vote in votes]), _weights(votes))
 
 
-def _other_prompts(prompts: Sequence[str], *, seed: int) -> list[int]:
+def _other_prompts(prompts: Sequence[str], *, seed: int, name: str) -> list[int]:
     """For each prompt the next one that differs, in a cyclic order drawn from the seed."""
     if len(set(prompts)) < 2:
         raise ValueError(
-            f"votes ({len(prompts)}) all have one prompt: the baseline is read from responses to other prompts; give"
+            f"{name} ({len(prompts)}) all have one prompt: the baseline is read from responses to other prompts; give"
             " votes on several, or learn from pairs"
         )
     order = np.random.default_rng([seed, len(prompts)]).permutation(len(prompts)).tolist()

@@ -206,12 +206,11 @@ def evaluate(
     """
     pair_judges = pair_judges or {}
     _check_models(a, b)
-    _check_arguments([*judges, *pair_judges], num_samples, temperature, eos_token, a.num_tokens)
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    sampling |= {"eos_token": eos_token, "seed": seed}
+    _check_arguments([*judges, *pair_judges], num_samples, a.num_tokens, **sampling)
     asked = prompts_from(num_tokens=a.num_tokens, seed=seed, prompts=prompts, tokenizer=tokenizer)
     rows = torch.arange(len(asked)).repeat_interleave(num_samples)
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token": eos_token, "seed": seed,
-    }  # fmt: skip
     work = _Work(asked, rows, sampling, max_batch_size, max_batch_tokens, use_tqdm)
     drawn = [work.sample(model, name) for model, name in ((a, "A"), (b, "B"))]
     scores = [{name: work.judge(judge, texts, name) for name, judge in judges.items()} for texts in drawn]
@@ -221,8 +220,7 @@ def evaluate(
         Side(texts.responses(tokenizer), texts.lengths.cpu(), texts.ended.cpu(), given, far)
         for texts, given, far in zip(drawn, scores, kl, strict=True)
     ]
-    asked_texts = [prompts[row] for row in rows.tolist()]
-    clusters = cluster_numbers(asked_texts)
+    clusters = cluster_numbers(asked_texts := [prompts[row] for row in rows.tolist()])
     contests = {name: contest_of(scores[0][name], scores[1][name], clusters) for name in judges}
     for name, pair_judge in pair_judges.items():
         answers = swapped_preferences(pair_judge, asked_texts, sides[0].responses, sides[1].responses)
@@ -332,12 +330,15 @@ def _check_models(a: PaLM, b: PaLM) -> None:
 
 
 def _check_arguments(
-    names: list[str], num_samples: int, temperature: float, eos_token: int | None, num_tokens: int
-) -> None:
+    names: list[str], num_samples: int, num_tokens: int, *, max_new_tokens: int, temperature: float,
+    eos_token: int | None, seed: int,
+) -> None:  # fmt: skip
     if len(set(names)) < len(names):
         raise ValueError(f"judges have the same name: {names}")
     if num_samples < 1 or (num_samples > 1 and temperature == 0):
         raise ValueError(f"num_samples ({num_samples}) must be at least 1, and 1 at temperature 0: the rest are copies")
+    if max_new_tokens < 1 or seed < 0:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1, and seed ({seed}) at least 0")
     if eos_token is not None and not 0 <= eos_token < num_tokens:
         raise ValueError(f"eos_token ({eos_token}) must be from 0 to {num_tokens - 1}, or None")
     check_sampling(temperature=temperature, top_k=None, top_p=None)

@@ -69,6 +69,19 @@ class GroupSettings(PolicySettings):
                 f" multiples of group_size ({self.group_size})"
             )
 
+    @classmethod
+    def elsewhere(cls) -> dict[str, str]:
+        """Names that belong to the objective."""
+        return {
+            field.name: f"it belongs to the objective: objective=dataclasses.replace(GRPO, {field.name}=...)"
+            for field in fields(GroupObjective)
+        }
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """How often a prompt is answered when its turn comes."""
+        return self.group_size
+
     @property
     def first_kl_coef(self) -> float:
         """Price of a nat of KL in the reward."""

@@ -18,19 +18,21 @@ from palm_rlhf_pytorch.training.ranks import Ranks
 
 @dataclass
 class GroupLesson(Lesson):
-    """Rows whose advantage is that of a response within its group: all responses of this rank to one prompt.
+    """Rows whose advantage is that of a response within its group: `group_size` responses of this rank to one prompt.
 
     Attributes:
         objective: how it is made.
-        max_length: tokens a response may have.
-        overlong_buffer: see `GroupSettings`, as for the others.
+        group_size: see `GroupSettings`, as for the others.
+        limits: tokens each response may have, (n,); where there is an overlong_buffer.
+        overlong_buffer: see there.
         drop_truncated: likewise.
         max_groups: groups that teach; those whose responses all earned the same are left out first, where there are
             more. None for all, those too.
     """
 
     objective: GroupObjective | None = None
-    max_length: int = 1
+    group_size: int | None = None
+    limits: Tensor | None = None
     overlong_buffer: int | None = None
     drop_truncated: bool = False
     max_groups: int | None = None
@@ -41,18 +43,11 @@ class GroupLesson(Lesson):
         """Compare the responses; which of them count, and figures of the groups over all ranks."""
         assert self.objective is not None and self.source.scores is not None, "GRPOTrainer gives both"
         raw, dropped = self.source.scores[self.counted].double(), float((~self.counted).sum())
-        if self.drop_truncated and self.source.eos_token is not None:
-            self.counted = self.counted & self.source.ended
-        groups, sizes = group_numbers(self.source.prompt_rows)
-        if self.overlong_buffer is not None:
-            lengths = torch.tensor([steps for _, steps in self.spans])
-            penalty = overlong_penalty(lengths, max_length=self.max_length, buffer=self.overlong_buffer)
-            self.scores = self.scores + penalty.to(self.scores.dtype)
+        groups, teaching = self.weigh()
         earned = self._earned(max_tokens)
-        teaching = informative_groups(self.scores, groups, self.counted)
         self.counted = self.counted & kept_groups(groups, teaching, self.max_groups)[groups]
         self.advantages = self.objective.advantages(earned, groups, self.counted)
-        own = [float(teaching.sum()), float(len(sizes)), float(raw.sum()), float(len(raw)), dropped]
+        own = [float(teaching.sum()), float(len(teaching)), float(raw.sum()), float(len(raw)), dropped]
         informative, count, total, judged, dropped = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return {
             "reward/dropped": dropped,
@@ -60,6 +55,22 @@ class GroupLesson(Lesson):
             "rollout/groups": count,
             "reward/score_sampled": total / judged if judged else float("nan"),
         }
+
+    def weigh(self) -> tuple[Tensor, Tensor]:
+        """Leave out and punish what the settings say, once; the number of each row's group, and which groups teach."""
+        if bool((self.source.prompt_rows < 0).any()):
+            raise ValueError(
+                "prompt_rows holds -1: responses are compared with others to their prompt, which it names; give"
+                " `rollout` the prompt_rows of next_prompts, or a number for each prompt"
+            )
+        if self.drop_truncated and self.source.eos_token is not None:
+            self.counted = self.counted & self.source.ended
+        if self.overlong_buffer is not None and self.limits is not None:
+            lengths = torch.tensor([steps for _, steps in self.spans])
+            penalty = overlong_penalty(lengths, max_length=self.limits, buffer=self.overlong_buffer)
+            self.scores = self.scores + penalty.to(self.scores.dtype)
+        groups, _ = group_numbers(self.source.prompt_rows, size=self.group_size)
+        return groups, informative_groups(self.scores, groups, self.counted)
 
     def targets(self, rollout: Rollout, rows: Rows) -> Targets:
         """One advantage for all tokens of a response; returns mean nothing here."""
@@ -82,9 +93,24 @@ class GroupLesson(Lesson):
         return earned
 
 
-def group_numbers(prompt_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups in the order in which their prompts first come: the number of each response's, (n,), and their sizes."""
-    _, first_seen, sizes = torch.unique(prompt_rows, return_inverse=True, return_counts=True)
+def group_numbers(prompt_rows: Tensor, *, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Groups in the order in which their prompts first come: the number of each response's, (n,), and their sizes.
+
+    A prompt that was handed out several times has as many groups, so that a group is as large, and counts for as much,
+    as any other.
+
+    Args:
+        prompt_rows: which prompt each response answers, (n,).
+        size: responses of a group; a prompt's last takes what is left over. None for one group a prompt.
+    """
+    _, prompts, counts = torch.unique(prompt_rows, return_inverse=True, return_counts=True)
+    if size is not None:
+        order = prompts.argsort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # among all, prompt by prompt
+        before = place - (counts.cumsum(0) - counts)[prompts]  # earlier responses to the same prompt
+        part = (before // size).minimum((counts // size - 1).clamp(min=0)[prompts])
+        prompts = prompts * len(order) + part
+    _, first_seen, sizes = torch.unique(prompts, return_inverse=True, return_counts=True)
     places = torch.full((len(sizes),), len(prompt_rows)).scatter_reduce(
         0, first_seen, torch.arange(len(prompt_rows)), "amin"
     )

@@ -9,27 +9,32 @@
 The papers, and what tells the methods apart, are in `objectives/group.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.objectives.group import informative_groups
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.arguments import Call
+from palm_rlhf_pytorch.policy.experience import Experience
 from palm_rlhf_pytorch.policy.group_settings import GroupSettings
-from palm_rlhf_pytorch.policy.groups import GroupLesson, group_numbers
+from palm_rlhf_pytorch.policy.groups import GroupLesson
 from palm_rlhf_pytorch.policy.judging import Judge
 from palm_rlhf_pytorch.policy.losses import GroupStepLoss
 from palm_rlhf_pytorch.policy.online import OnlineTrainer
+from palm_rlhf_pytorch.policy.progress import Progress
 from palm_rlhf_pytorch.policy.prompts import PromptBatch
+from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.policy.run import Flight
+from palm_rlhf_pytorch.policy.scores import learnt_scores
 from palm_rlhf_pytorch.policy.settings import settings_from
 from palm_rlhf_pytorch.policy.targets import Source
 from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.reward.weighted import ScoreNormalizer
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -138,12 +143,16 @@ class GRPOTrainer(OnlineTrainer):
         """
         call = Call(num_episodes, max_seq_len, max_new_tokens, eos_token, temperature, update_timesteps)
         self.settings.check_update(num_episodes)
-        self.learner.loss = self._loss(self.settings, max_length=self._longest_response(call))
+        buffer, longest = self.settings.overlong_buffer, self._longest_response(call)
+        if buffer is not None and 0 < longest < buffer:
+            raise ValueError(
+                f"overlong_buffer ({buffer}) must be at most the tokens that a response may have here ({longest})"
+            )
         return self.run_call(call, resume=resume, preflight=preflight, use_tqdm=use_tqdm)
 
     def next_prompts(self, count: int) -> PromptBatch:
         """This process's share of the next prompts, each as often as a group has responses; `count` is responses."""
-        size = self.settings.group_size
+        size = self.settings.responses_per_prompt
         batch = super().next_prompts(-(-count // size))
         return PromptBatch(*(part.repeat_interleave(size, dim=0) for part in batch))
 
@@ -151,11 +160,32 @@ class GRPOTrainer(OnlineTrainer):
         """Whether too few groups of the rounds so far teach anything, and another round is allowed."""
         if len(flight.rounds) >= self.settings.max_rounds:
             return False
-        rows = flight.sampled
+        rows, settings, normalizer = flight.sampled, self.settings, None
         assert rows.scores is not None, "asked after scoring"
-        groups, _ = group_numbers(rows.prompt_rows)
-        found = int(informative_groups(rows.scores, groups, rows.scores.isfinite()).sum())
-        return self.ranks.any(found < self._groups_of(len(flight.rounds[0])))
+        counted = rows.scores.isfinite()
+        if settings.normalize_scores:  # as learning will, which alone fixes the scale
+            normalizer = ScoreNormalizer()
+            normalizer.restore(self.normalizer.state())
+        scores = learnt_scores(
+            rows, counted, normalizer, penalty=settings.missing_eos_penalty, replacement=settings.missing_eos_score,
+            reduce=self.ranks.sum,
+        )  # fmt: skip
+        _, teaching = self._lesson(rows, scores, counted, kl_coef=self.kl_coef).weigh()
+        return self.ranks.any(int(teaching.sum()) < self._groups_of(len(flight.rounds[0])))
+
+    def learn_from(
+        self,
+        source: Rollout | Experience,
+        *,
+        num_fresh: int,
+        progress: Progress | None = None,
+        on_step: Callable[[Progress], object] | None = None,
+    ) -> dict[str, float]:
+        """As of every such trainer."""
+        call = self.call
+        longest = int(self._limits(source).max()) if call is None else self._longest_response(call)
+        self.learner.loss = self._loss(self.settings, max_length=longest)
+        return super().learn_from(source, num_fresh=num_fresh, progress=progress, on_step=on_step)
 
     def _groups_of(self, num_responses: int) -> int:
         return num_responses // self.settings.group_size
@@ -165,17 +195,25 @@ class GRPOTrainer(OnlineTrainer):
         room = call.max_seq_len - int(self.prompts.lengths.min())
         return room if call.max_new_tokens is None else min(room, call.max_new_tokens)
 
+    def _limits(self, source: Source) -> Tensor:
+        """Tokens each response may have, (n,); without a call of `train` the longest of them stands for the limit."""
+        spans, call = torch.tensor(list(source.spans())), self.call
+        if call is None:
+            return torch.full((len(spans),), int(self.ranks.max(spans[:, 1].max())))
+        room = call.max_seq_len - spans[:, 0]
+        return room if call.max_new_tokens is None else room.clamp(max=call.max_new_tokens)
+
     def _loss(self, settings: GroupSettings, *, max_length: int) -> GroupStepLoss:
         return GroupStepLoss(objective=settings.objective, max_length=max_length, **settings.loss_arguments())
 
     def _lesson(self, source: Source, scores: Tensor, counted: Tensor, **named: Any) -> GroupLesson:
-        """What responses teach; without a call of `train` the longest of them stands for the limit."""
-        settings, call, flight = self.settings, self.call, self.flight
-        longest = max(steps for _, steps in source.spans()) if call is None else self._longest_response(call)
+        """What responses teach."""
+        settings, flight = self.settings, self.flight
         again = settings.max_rounds > 1 and flight is not None
         return GroupLesson(
-            source, scores, counted, objective=settings.objective, max_length=longest,
-            overlong_buffer=settings.overlong_buffer, drop_truncated=settings.drop_truncated,
+            source, scores, counted, objective=settings.objective, group_size=settings.group_size,
+            limits=self._limits(source), overlong_buffer=settings.overlong_buffer,
+            drop_truncated=settings.drop_truncated,
             max_groups=self._groups_of(len(flight.rounds[0])) if again and flight is not None else None,
             **named,
         )  # fmt: skip

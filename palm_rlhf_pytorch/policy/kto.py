@@ -86,7 +86,7 @@ class KTOTrainer(DirectTrainer):
         chosen = settings_from(settings, trainer="KTOTrainer")
         encoder = Encoder(tokenizer, num_tokens=palm.num_tokens, max_length=max_length, eos_token=eos_token)
         self.votes = vote_examples(votes_of(votes), encoder, seed=seed)
-        looked_at = None if held_out is None else vote_examples(votes_of(held_out), encoder, seed=seed)
+        looked_at = None if held_out is None else vote_examples(votes_of(held_out), encoder, seed=seed, name="held_out")
         self.factors = {"beta": beta, "up_weight": up_weight, "down_weight": down_weight}
         told = ", ".join(f"{name}={value}" for name, value in self.factors.items())
         super().__init__(

@@ -186,13 +186,8 @@ class Loop:
         size = self.call.size if trainer.flight is None else trainer.flight.size
         scale_learning_rates(trainer.learner.optimizer, linear_to_zero(*self.call.place(size)))
         started = time.perf_counter()
-        while True:
-            flight = self.collect()  # 1. collect
-            self.score(flight)  # 2. score
-            if not trainer.wants_more(flight):
-                break
+        while self.score(flight := self.collect()):  # 1. collect  2. score
             flight.rounds.append(trainer.run.round(len(flight.rounds), trainer.updates))
-            flight.held_out = None
         sampled = time.perf_counter()
         metrics = self.learn(flight) | flight.figures  # 3. learn
         tokens = sum(length for _, length in flight.sampled.spans())
@@ -204,20 +199,21 @@ class Loop:
         with trainer.ranks.together():
             trainer.run.prune(trainer.updates)
             trainer.metrics.log(metrics, step=trainer.updates)  # 4. record
-            trainer.samples.log_extremes(
-                flight.sampled, trainer.settings.keep_samples, step=trainer.updates, ranks=trainer.ranks,
-                tokenizer=trainer.tokenizer, held_out_scores=flight.held_out_scores,
-            )  # fmt: skip
+        trainer.samples.log_extremes(
+            flight.sampled, trainer.settings.keep_samples, step=trainer.updates, ranks=trainer.ranks,
+            tokenizer=trainer.tokenizer, held_out_scores=flight.held_out_scores,
+        )  # fmt: skip
         for finding in trainer.doctor.examine(metrics):
             self.say(f"update {trainer.updates}: {finding}")
         if trainer.watch is not None:
             self.verdict = trainer.watch.examine(metrics, step=trainer.updates)
-            if trainer.watch.best_step is not None:
-                trainer.run.pin(trainer.watch.best_step)
         bar.set_postfix(headline(metrics), refresh=False)
         bar.update(flight.size)
-        if trainer.updates % trainer.settings.save_every == 0 or self.call.done >= self.call.num_episodes:
+        last = self.call.done >= self.call.num_episodes or self.verdict is not None
+        if last or trainer.updates % trainer.settings.save_every == 0:
             self.save(metrics)  # 5. save
+        if trainer.watch is not None:
+            trainer.run.pin(trainer.watch.best_step)
         return metrics
 
     def collect(self) -> Flight:
@@ -257,19 +253,21 @@ class Loop:
         self.stop.check()
         return flight
 
-    def score(self, flight: Flight) -> None:
-        """Have the judges score the responses that are not scored yet.
+    def score(self, flight: Flight) -> bool:
+        """Have the judges score the responses that are not scored yet; whether to sample more before learning.
 
         If one fails, what was sampled is saved, so that the run goes on from there.
         """
         trainer = self.trainer
         try:
-            if flight.file.scores is None and len(flight.file):
+            # by all if one has to: a disk may have refused one process's scores alone
+            if trainer.ranks.any(flight.file.scores is None and len(flight.file) > 0):
                 found = trainer.judged(Experience([flight.file]))
-                flight.add_parts(found.parts, trainer.ranks)
                 with trainer.ranks.together():
                     flight.file.set_scores(found.scores, found.rewards)
-            if flight.held_out is None:
+                flight.add_parts(found.parts, trainer.ranks)
+            more = trainer.wants_more(flight)
+            if not more and flight.held_out is None:
                 flight.set_held_out(trainer.held_out_scores(flight.sampled), trainer.ranks)
         except Exception:  # on every process alike
             self.save()
@@ -277,6 +275,7 @@ class Loop:
         if trainer.settings.save_rollouts and flight.progress is None:
             self.save()
         self.stop.check()
+        return more
 
     def learn(self, flight: Flight) -> dict[str, float]:
         """Learn from the responses, or go on with that."""

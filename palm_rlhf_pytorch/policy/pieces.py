@@ -26,6 +26,7 @@ from palm_rlhf_pytorch.policy.prompts import Prompts
 from palm_rlhf_pytorch.policy.rollout import recorded
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.targets import Targets
+from palm_rlhf_pytorch.reward.weighted import JudgeSum
 from palm_rlhf_pytorch.tensors import lengths_to_mask, split_rows
 from palm_rlhf_pytorch.training.optimizer import adamw
 
@@ -166,8 +167,9 @@ class Pieces:
         prompt_mask, mask = (lengths_to_mask(n, sequences.shape[1]) for n in (prompts, prompts + responses))
         for judge in (self.trainer.reward_model, self.trainer.held_out_judge):
             if judge is not None:
+                asked = judge.raw() if isinstance(judge, JudgeSum) and not judge.is_fitted else judge
                 with evaluating(judge):
-                    judge(sequences, prompt_mask=prompt_mask, mask=mask)
+                    asked(sequences, prompt_mask=prompt_mask, mask=mask)
 
     def _learn(self, reading: dict[str, Any]) -> None:
         """Forward and backward pass by the losses that learning takes."""

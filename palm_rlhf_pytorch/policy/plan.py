@@ -65,7 +65,8 @@ def plan(
 ) -> Plan:
     """Memory and time of a run of `train`, arguments as there; every process must call it.
 
-    The judges are called with responses of random tokens. Only the phases are timed, not the little between them.
+    The judges are called with responses of random tokens. Where groups that teach nothing are sampled again, time and
+    disk are those of one round: how many it takes, the judge alone knows. Only the phases are timed, not the little between them.
 
     Raises:
         ValueError: if `train` would refuse the arguments.
@@ -79,7 +80,9 @@ def plan(
     updates, room = -(-num_episodes // size), max_new_tokens or max_seq_len
     texts = [Text(row, p, min(max_seq_len - p, room)) for row, p in enumerate(prompts.lengths.tolist())]
     order = copy.copy(prompts)  # which counts for itself what it hands out
-    upcoming = [[texts[row] for row in order.next_rows(size).tolist()] for _ in range(min(updates, UPDATES))]
+    repeats = trainer.settings.responses_per_prompt
+    drawn = [order.next_rows(-(-size // repeats)).repeat_interleave(repeats) for _ in range(min(updates, UPDATES))]
+    upcoming = [[texts[row] for row in rows.tolist()] for rows in drawn]
     before, most = memory_in_use(device)
     with left_as_found(trainer):
         pieces = Pieces(trainer, texts, upcoming, temperature)

@@ -131,7 +131,7 @@ class PPOSettings(PolicySettings):
 
     def doctor_arguments(self) -> dict[str, Any]:
         """The part that the doctor measures by."""
-        return super().doctor_arguments() | {"target_kl": self.target_kl_nats_per_response}
+        return super().doctor_arguments() | {"target_kl": self.target_kl_nats_per_response, "critic": True}
 
     def learner_arguments(self) -> dict[str, Any]:
         """The part that the Learner takes."""

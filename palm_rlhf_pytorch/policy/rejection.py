@@ -167,6 +167,8 @@ class RejectionTrainer:
         }
         self._check(num_rounds, prompts_per_round, num_epochs, **sampling)
         first = self._first_round(resume)
+        if first > num_rounds:
+            raise ValueError(f"num_rounds ({num_rounds}) is less than the {first} rounds that run_dir holds")
         told = f"palm {self._trunk[:16]}, prompts {self.prompts.digest()[:16]}, {prompts_per_round} a round, seed "
         told += f"{self.seed}, best of {self.num_samples}, min_score {self.min_score}, {sampling}"
         self.metrics.rewind(first - 1)

@@ -17,6 +17,7 @@ def roll_back(trainer: Trainer, verdict: Verdict) -> str:
     restore_state(trainer, found)
     trainer.saves = saves + 1  # the numbers of checkpoints go on
     checkpoints.save(trainer.saves, kind=trainer.kind, metrics=found.metrics, **state_of(trainer))
-    return (
-        f"stopped by the watch after update {later}: {verdict.reason}. The policy is that after update {nearest} again"
-    )
+    said = f"stopped by the watch after update {later}: {verdict.reason}."
+    if nearest == later:
+        return f"{said} No earlier checkpoint was kept, so the policy stays as it is: lower save_every"
+    return f"{said} The policy is that after update {nearest} again"

@@ -123,6 +123,7 @@ class Run:
         self, folder: str | Path | None, ranks: Ranks, *, keep_last: int, keep_best: str | None, keep_experience: int
     ) -> None:
         self.ranks, self.keep_experience = ranks, keep_experience
+        self.recent = 0  # checkpoints of the last updates that are kept beside the newest, for a watch
         self.begun = False  # whether this trainer goes on with what the folder holds
         self.checkpoints: Checkpoints | None = None
         self.folder: Path | None = None
@@ -156,6 +157,7 @@ class Run:
         if self.checkpoints is None:
             raise ValueError("watch goes back to a checkpoint: give the trainer a run_dir")
         self.checkpoints.keep_last = max(self.checkpoints.keep_last, watch.window + 2)
+        self.recent = watch.window + 2  # of whole updates, whatever was saved inside them
 
     def finished(self) -> dict[int, Path]:
         """The checkpoints that were taken at the end of an update, by how many updates the policy had had."""
@@ -169,13 +171,13 @@ class Run:
                     found[int(values["counters"]["updates"])] = path
         return found
 
-    def pin(self, updates: int) -> None:
-        """Keep the checkpoint nearest to the policy of so many updates, whatever comes after it, and no other so."""
+    def pin(self, updates: int | None) -> None:
+        """Keep the checkpoint nearest to the policy of so many updates, and the last updates', whatever comes after."""
         if self.checkpoints is not None:
             places = self.finished()
-            nearest = nearest_step(updates, list(places))
-            step = None if nearest is None else step_of(places[nearest].name)
-            self.checkpoints.pinned = set() if step is None else {step}
+            nearest = None if updates is None else nearest_step(updates, list(places))
+            kept = {*sorted(places)[-self.recent :], *(() if nearest is None else (nearest,))}
+            self.checkpoints.pinned = {step for at in kept if (step := step_of(places[at].name)) is not None}
 
     @property
     def experience_folder(self) -> Path:
@@ -210,6 +212,9 @@ class Run:
 
     def round(self, place: int, number: int, *, fresh: bool = True) -> RolloutFile:
         """This process's file of a round of an update, the first of which is 0."""
+        if fresh and place == 0:  # an update that begins anew has none of the rounds that an abandoned one had
+            for name in round_names(MAX_ROUNDS)[1:]:
+                self.file(name, number).discard()
         return self.file(round_names(place + 1)[-1], number, fresh=fresh)
 
     def prune(self, updates: int) -> None:

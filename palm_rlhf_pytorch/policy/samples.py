@@ -124,8 +124,11 @@ class SampleLog:
         if not k or self.path is None or source.scores is None:
             return
         decoder: Any = tokenizer if hasattr(tokenizer, "decode") else None
-        own = extremes(source, source.scores, k, tokenizer=decoder, held_out_scores=held_out_scores)
-        self.log(extremes_of([sample for samples in ranks.gather_values(own) for sample in samples], k), step)
+        with ranks.together():
+            own = extremes(source, source.scores, k, tokenizer=decoder, held_out_scores=held_out_scores)
+        samples = [sample for found in ranks.gather_values(own) for sample in found]
+        with ranks.together():
+            self.log(extremes_of(samples, k), step)
 
     def rewind(self, step: int) -> None:
         """Take out the lines of steps after this one, which a run that goes on from there will write again."""

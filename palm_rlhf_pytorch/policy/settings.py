@@ -176,6 +176,16 @@ class PolicySettings:
         """The coefficient after a rollout of num_episodes with kl nats a response."""
         return kl_coef
 
+    @classmethod
+    def elsewhere(cls) -> dict[str, str]:
+        """Names that belong to something else than the settings, and what to write there."""
+        return {}
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """How often a prompt is answered when its turn comes."""
+        return 1
+
     @property
     def starts_critic(self) -> bool:
         """Whether the critic begins as the reward model."""
@@ -215,7 +225,7 @@ class PolicySettings:
 
     def doctor_arguments(self) -> dict[str, Any]:
         """The part that the doctor measures by."""
-        return {"eos_token": False, "target_kl": None, "max_norm": self.max_norm}
+        return {"eos_token": False, "target_kl": None, "max_norm": self.max_norm, "critic": False}
 
     def learner_arguments(self) -> dict[str, Any]:
         """The part that the Learner takes."""
@@ -238,16 +248,20 @@ def settings_from(kind: type[S], given: Mapping[str, Any], *, trainer: str) -> S
         TypeError: if a keyword is unknown (with what it may have meant), or of the wrong type.
         ValueError: if a number is out of range.
     """
-    check_names([field.name for field in fields(kind)], given, trainer=trainer)
+    check_names([field.name for field in fields(kind)], given, trainer=trainer, elsewhere=kind.elsewhere())
     settings = kind(**given)
     settings.warn()
     return settings
 
 
-def check_names(known: Sequence[str], given: Mapping[str, Any], *, trainer: str) -> None:
-    """Raise a TypeError for a keyword that is not known, with what it may have meant."""
+def check_names(
+    known: Sequence[str], given: Mapping[str, Any], *, trainer: str, elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Raise a TypeError for a keyword that is not known, with what it may have meant, or where it belongs."""
     for name in given:
         if name not in known:
+            if elsewhere and name in elsewhere:
+                raise TypeError(f"{trainer} has no argument {name!r}: {elsewhere[name]}")
             meant = RENAMED.get(name)
             meant = meant if meant in known else next(iter(get_close_matches(name, known, n=1)), None)
             hint = f"; did you mean {meant}?" if meant else "; palm_rlhf_pytorch/policy/settings.py lists all"

@@ -14,6 +14,7 @@ import torch
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.progress import Progress
+from palm_rlhf_pytorch.policy.run import MAX_ROUNDS
 from palm_rlhf_pytorch.policy.watch import Watch
 from palm_rlhf_pytorch.training.random_states import check_random_states
 
@@ -136,7 +137,8 @@ def _call(kept: Mapping[str, Any]) -> Call:
 def _flight(kept: Mapping[str, Any]) -> FlightRecord:
     flight = FlightRecord(**kept)
     _count(flight.size, "size", least=1)
-    _count(flight.rounds, "rounds", least=1)
+    if _count(flight.rounds, "rounds", least=1) > MAX_ROUNDS:
+        raise ValueError(f"rounds is {flight.rounds}, above {MAX_ROUNDS}")
     _count(flight.max_batch_size, "max_batch_size", least=1)
     if not isinstance(flight.refreshed, bool):
         raise ValueError(f"refreshed is {flight.refreshed!r}")

@@ -197,6 +197,7 @@ def _apply(trainer: Trainer, record: Record, checkpoint: Checkpoint, fetched: di
     trainer.doctor.restore(record.doctor)
     if trainer.watch is not None and record.watch is not None:
         trainer.watch.restore(record.watch)
+        trainer.run.pin(trainer.watch.best_step)
     trainer.run.take_files(fetched, trainer.updates)
     trainer.flight = None if record.flight is None else _restored_flight(trainer, record.flight)
 

@@ -288,6 +288,8 @@ def _read_one(row: _Row, columns: tuple[str, ...], common: _Common) -> list[Labe
     if len(names) != len(values):
         raise FieldError("annotators", f"({len(names)}) must be as many as {judged} ({len(values)})")
     numbers = [None if value is None else row.rating(value, f"{judged}[{at}]") for at, value in enumerate(values)]
+    if all(number is None for number in numbers):
+        raise FieldError(judged, "holds no rating")
     return [
         Rating(text=text, value=number, **(common | {"annotator": name}))
         for number, name in zip(numbers, names, strict=True)

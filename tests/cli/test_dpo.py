@@ -81,6 +81,11 @@ def test_a_stopped_run_goes_on_to_the_end_of_one_that_never_stopped(files, capsy
     assert main(arguments(files, run="whole")) == 0
     resumed, whole = (PaLM.from_checkpoint(files / run / "improved_palm.pt") for run in ("run", "whole"))
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    reference = (files / "run" / "reference.safetensors").read_bytes()
+    for options, message in ((["--seed", "1"], "another run"), (["--epochs", "0"], "num_epochs (0)")):
+        assert main(arguments(files, "--resume", *options)) == 2
+        assert message in capsys.readouterr().err
+    assert (files / "run" / "reference.safetensors").read_bytes() == reference  # of other data it would have been lost
 
 
 def test_bad_records_stop_or_are_left_out_and_counted(files, capsys):

@@ -111,6 +111,8 @@ def test_evaluate_repeats_with_its_seed(models, capsys):
     ("options", "message"),
     [
         (["--samples", "0"], "num_samples (0)"),
+        (["--max-new-tokens", "0"], "max_new_tokens (0)"),
+        (["--seed", "-1"], "seed (-1)"),
         (["--temperature", "0", "--samples", "2"], "temperature 0"),
         (["--show", "-1"], "--show -1"),
         (["--out", "prompts.txt"], "is not a folder"),

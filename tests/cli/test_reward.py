@@ -1,5 +1,7 @@
 """`palm-rlhf reward` on a few labels, and `palm-rlhf reward ask` with what came of it."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -17,6 +19,7 @@ from palm_rlhf_pytorch.reward.learning import LabelledLoss
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.text.datasets import read_labels
 from palm_rlhf_pytorch.training.metrics import read_metrics
+from tests.distributed.ranks import in_ranks
 
 
 def rows(count, *, seed=0):
@@ -140,6 +143,21 @@ def test_a_run_told_to_stop_goes_on_to_the_same_model(folder, capsys, monkeypatc
     found = load_judge(folder / "out" / "rm.pt").state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert (folder / "out" / "rm.report.json").read_text() == report and not (folder / "out" / "rm.run").exists()
+
+
+def learnt(out, *, source):
+    """What a process of several says with the command, and its exit code."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        return main([*command(source, "--epochs", "1"), "--out", f"{out}.pt"]), told.getvalue()
+
+
+def test_two_processes_learn_one_model_and_the_main_one_alone_writes(folder):
+    (code, told), (other, nothing) = in_ranks(folder / "both", learnt, source=folder)
+    assert code == other == 0 and "accuracy on pairs" in told and nothing == ""
+    RewardModel.from_checkpoint(folder / "both.pt")
+    steps = [line["step"] for line in read_metrics(folder / "both.metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and not (folder / "both.run").exists()
 
 
 def test_columns_get_the_names_that_are_asked_for(folder, capsys):

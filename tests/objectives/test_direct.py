@@ -130,6 +130,11 @@ def test_what_means_nothing_is_refused(changes, options, message) -> None:
         dpo_loss(example(**changes), **options)
 
 
+def test_a_margin_of_simpo_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gamma \(nan\)"):
+        simpo_loss(example(), gamma=math.nan)
+
+
 def test_no_pair_is_refused() -> None:
     nothing = PairLogprobs(*[numbers()] * 4, *[torch.zeros(0, dtype=torch.long)] * 2)
     with pytest.raises(ValueError, match="at least one pair"):

@@ -66,6 +66,11 @@ def test_votes_of_one_kind_fail_the_proof():
     assert [check.name for check in report.failures] == ["votes"]
 
 
+def test_held_out_votes_on_one_prompt_are_named():
+    with pytest.raises(ValueError, match=r"held_out \(3\) all have one prompt"):
+        make_kto(held_out=[Vote(text=Text("ab", "c" * length), up=length > 1) for length in (1, 2, 3)])
+
+
 @pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"down_weight": -1.0}, {"up_weight": float("inf")}])
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -88,6 +88,8 @@ def test_a_run_ended_in_the_middle_goes_on_to_the_same_bits(fault, step, tmp_pat
     assert logged[0] == logged[1] and len(logged[0]) == 3
     with pytest.raises(ValueError, match="another run"):
         make(run_dir=tmp_path / "run", num_samples=4).train(3, resume="auto", **CALL)
+    with pytest.raises(ValueError, match=r"num_rounds \(2\) is less than the 3 rounds"):
+        make(run_dir=tmp_path / "run").train(2, resume="auto", **CALL)
 
 
 def run_of_two(folder):

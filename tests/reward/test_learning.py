@@ -125,12 +125,14 @@ def test_training_on_a_mix_learns_and_normalises(settings):
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
-def overfitting(**options):
+def overfitting(*, trunk=1.0, **options):
     """Held-out labels say the opposite, so that the first evaluation is the best."""
     opposite = [Pair(chosen=pair.rejected, rejected=pair.chosen) for pair in labels(6, seed=1, kinds=1)]
     some = labels(40, kinds=1)
     arguments = {"held_out": opposite, "epochs": 5, "patience": 3, "evals_per_epoch": 2} | options
     model = judge(dropout=0.1)
+    with torch.no_grad():
+        model.palm.token_emb.weight.mul_(trunk)
     torch.manual_seed(3)
     return model, train(model, some, **arguments), opposite
 
@@ -170,8 +172,9 @@ def test_a_run_told_to_stop_goes_on_to_the_same_bits(tmp_path, signal_at):
     assert found.stopped is None and found.best_step == alone.best_step
     assert found.metrics["eval/loss"] == alone.metrics["eval/loss"]
     assert_same(bits(model), bits(expected))
-    with pytest.raises(ValueError, match="other data"):
-        overfitting(run_dir=tmp_path / "run", resume=True, centering=0.5)
+    for other in ({"centering": 0.5}, {"trunk": 1.1}, {"rankings": choice_loss}):
+        with pytest.raises(ValueError, match="other data"):
+            overfitting(run_dir=tmp_path / "run", resume=True, **other)
 
 
 def shared_run(path):

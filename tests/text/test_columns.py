@@ -111,6 +111,7 @@ def test_what_is_worth_knowing_is_counted_once_a_row():
         (ONE | {"text": "b", "label": 1}, "completion, text"),
         (ONE | {"ratings": [1, 2], "annotators": ["x"]}, "annotators"),
         (ONE | {"ratings": []}, "ratings"),
+        (ONE | {"ratings": [None, None]}, "ratings"),
     ],
 )
 def test_wrong_or_doubtful_row_is_refused_by_the_fields_name(row, field):
