@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.reward import add_reading_arguments, read
 from palm_rlhf_pytorch.objectives.direct import (
     dpo_loss,
     hinge_loss,
@@ -25,7 +26,7 @@ from palm_rlhf_pytorch.policy.direct_settings import DirectSettings
 from palm_rlhf_pytorch.policy.dpo import DPOTrainer
 from palm_rlhf_pytorch.policy.kto import KTOTrainer
 from palm_rlhf_pytorch.policy.preflight import PreflightError
-from palm_rlhf_pytorch.text.datasets import read_labels, skip_bad_record, split_by_group, stop_at_bad_record
+from palm_rlhf_pytorch.text.datasets import split_by_group
 from palm_rlhf_pytorch.text.records import Label
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
@@ -46,7 +47,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 KTO = "kto"
 FLIPPED = {"cdpo": "label_smoothing", "robust": "flip_rate"}  # what --flip-rate is called
-BAD_RECORDS = {"stop": stop_at_bad_record, "skip": skip_bad_record}
 HEADLINE = (("loss", "eval/loss"), ("accuracy", "eval/accuracy"), ("margin of rewards", "eval/margin"))
 
 
@@ -70,9 +70,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--run-dir", type=Path, default=Path("palm-run"), metavar="DIR", help="folder of the run")
     _add_loss_arguments(parser.add_argument_group("loss"))
     _add_learning_arguments(parser.add_argument_group("learning"))
-    parser.add_argument(
-        "--on-bad-record", choices=sorted(BAD_RECORDS), default="stop", help="what becomes of records that do not read"
-    )
+    add_reading_arguments(parser.add_argument_group("records"))
     for option, meaning in (
         ("--resume", "go on with the run that --run-dir holds; begin one if it holds none"),
         ("--no-preflight", "leave out the checks before the first step"),
@@ -128,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     check_target(out)
     if not resume and Checkpoints(args.run_dir / "checkpoints").steps():
         raise ValueError(f"--run-dir {args.run_dir} holds a run already: --resume goes on with it; or name another")
-    labels = read_labels(args.data, on_bad_record=BAD_RECORDS[args.on_bad_record])
+    labels = read(args)
     train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
     trainer = trainer_of(args, train, held_out)
     say = trainer.accelerator.print

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,13 +98,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--whole-trunk", action="store_true", help="train a copy of all weights, not an adapter")
     model.add_argument("--members", type=int, default=1, metavar="N", help="reward models of an ensemble, on one trunk")
     labels = parser.add_argument_group("labels")
-    labels.add_argument(
-        "--on-bad-record", choices=tuple(ON_BAD_RECORD), default="stop", help="what a row that cannot be read does"
-    )
-    labels.add_argument(
-        "--column", action="append", metavar="NAME=NEW", default=argparse.SUPPRESS,
-        help="a column's new name, sentence=text; NAME= leaves it out; may be given again",
-    )  # fmt: skip
+    add_reading_arguments(labels)
     labels.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the groups, to judge by")
     labels.add_argument(
         "--max-length", type=int, default=1024, metavar="N", help="bytes; longer prompts lose the start"
@@ -124,6 +119,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
     )
     add_device_argument(parser)
+
+
+def add_reading_arguments(labels: "argparse._ArgumentGroup") -> None:
+    """Add the options of `read`."""
+    labels.add_argument(
+        "--on-bad-record", choices=tuple(ON_BAD_RECORD), default="stop", help="what a row that cannot be read does"
+    )
+    labels.add_argument(
+        "--column", action="append", metavar="NAME=NEW", default=argparse.SUPPRESS,
+        help="a column's new name, sentence=text; NAME= leaves it out; may be given again",
+    )  # fmt: skip
 
 
 def _add_ask_options(parser: argparse.ArgumentParser) -> None:
@@ -162,8 +168,7 @@ def run(args: argparse.Namespace) -> int:
     say = accelerator.print
     with Ranks(accelerator).together():  # all look before one of them writes
         folders = _folders(args)
-    columns = _columns(getattr(args, "column", []))
-    labels = read_labels(args.data, on_bad_record=ON_BAD_RECORD[args.on_bad_record], columns=columns)
+    labels = read(args)
     say(labels.summary())
     train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
     weights = annotator_weights(train) if args.weigh_annotators else None
@@ -196,16 +201,19 @@ def _finish(
     _write_report(report, args.out)
     for folder in folders:
         clear(Checkpoints(folder))
-    _remove_if_empty(folders[0].parent)
+    with suppress(OSError):  # it is not empty
+        folders[0].parent.rmdir()
     print(f"saved {args.out}")
 
 
-def _columns(given: Sequence[str]) -> dict[str, str | None]:
-    """New names by old ones, as `read_labels` takes them."""
+def read(args: argparse.Namespace) -> Labels:
+    """The labels of `args.data`, read as the options say; a ValueError if they cannot be."""
+    given = getattr(args, "column", [])
     for text in given:
         if not text.partition("=")[0] or "=" not in text:
             raise ValueError(f"--column {text}: write NAME=NEW, or NAME= to leave it out")
-    return {text.partition("=")[0]: text.partition("=")[2] or None for text in given}
+    columns = {text.partition("=")[0]: text.partition("=")[2] or None for text in given}
+    return read_labels(args.data, on_bad_record=ON_BAD_RECORD[args.on_bad_record], columns=columns)
 
 
 def _folders(args: argparse.Namespace) -> list[Path]:
@@ -306,11 +314,6 @@ def _write_report(report: RewardReport, out: Path) -> None:
         print(f"report: {path}")
     if plot.exists():
         print(f"report: {plot}")
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def run_ask(args: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ def leave_one_out_advantages(rewards: Tensor, groups: Tensor, counted: Tensor) -
 
 
 class _GroupMoments(NamedTuple):
-    """Of each response, (n,): how many of its group count, its distance from their mean, their deviation, if they differ."""
+    """Of each response, (n,): how many of its group count, how far it is off their mean, their std, if they differ."""
 
     size: Tensor
     centered: Tensor

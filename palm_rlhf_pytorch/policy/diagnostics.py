@@ -99,7 +99,10 @@ def survey(lesson: Lesson, raw_scores: Tensor, *, ranks: Ranks, max_tokens: int)
         )  # fmt: skip
         columns.add(torch.stack([values.float() for values in own])[:, fresh])
     metrics = _row_metrics(dict(zip(ROW_FIGURES, columns.filled, strict=True)), ranks)
-    metrics |= _token_metrics({name: running.compute(ranks.sum) for name, running in moments.items()}, lesson.values)
+    tokens = {name: running.compute(ranks.sum) for name, running in moments.items()}
+    metrics |= _token_metrics(tokens, lesson.values)
+    if not float(tokens["kl"].count):  # a mean over no response is no score of 0, nor a KL of 0
+        metrics = dict.fromkeys(metrics, float("nan"))
     metrics["objective/kl_coef"] = lesson.kl_coef
     metrics["objective/non_score_reward"] = -lesson.kl_coef * metrics["objective/kl"]
     metrics["reward/dropped"] = float(ranks.sum((lesson.fresh & ~lesson.counted).sum().float()))

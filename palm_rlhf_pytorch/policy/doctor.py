@@ -61,14 +61,9 @@ class Doctor:
     """
 
     def __init__(
-        self,
-        *,
-        eos_token: bool,
-        target_kl: float | None = None,
-        max_norm: float | None = None,
-        critic: bool = True,
+        self, *, eos_token: bool, target_kl: float | None = None, max_norm: float | None = None, critic: bool = True,
         repeat_after: int = 10,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin with an empty memory.
 
         Args:
@@ -84,10 +79,8 @@ class Doctor:
         if repeat_after < 1:
             raise ValueError(f"repeat_after ({repeat_after}) must be at least 1 update")
         self.run = Run(eos_token=eos_token, target_kl=target_kl, max_norm=max_norm, critic=critic)
-        self.repeat_after = repeat_after
-        self.updates = 0
-        self._first: list[Record] = []
-        self._recent: list[Record] = []
+        self.repeat_after, self.updates = repeat_after, 0
+        self._first, self._recent = list[Record](), list[Record]()
         self._said: dict[str, int] = {}
 
     def examine(self, metrics: Mapping[str, float]) -> list[Finding]:
@@ -107,12 +100,12 @@ class Doctor:
             quiet = name in self._said and self.updates - self._said[name] < self.repeat_after
             if not quiet and (said := rule(history)) is not None:
                 self._said[name] = self.updates
-                findings.append(Finding(name, *said))
+                findings.append(Finding(name, said[0], self.run.named(said[1])))
         return findings
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
-        memory = {"first": list(map(dict, self._first)), "recent": list(map(dict, self._recent))}
+        memory = {"first": [*map(dict, self._first)], "recent": [*map(dict, self._recent)]}
         return {"updates": self.updates, "said": dict(self._said), **memory}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -129,10 +122,10 @@ class Run(NamedTuple):
     max_norm: float | None
     critic: bool
 
-    @property
-    def kl_price(self) -> str:
-        """What advice calls it."""
-        return "kl_coef" if self.critic else "the objective's kl_coef or kl_loss_coef"
+    def named(self, advice: str) -> str:
+        """Advice that names nothing but what there is to be set."""
+        other = advice.replace(" and critic_lr", "").replace("kl_coef", "the objective's kl_coef or kl_loss_coef")
+        return advice if self.critic else other
 
 
 class History(NamedTuple):
@@ -165,7 +158,7 @@ def _skipped_steps(history: History) -> Said:
         return None
     return (
         f"{skipped[0]:g} optimizer steps were skipped in this update: a loss or a gradient norm was not finite",
-        f"lower actor_lr{' and critic_lr' if history.run.critic else ''}; look for extreme scores (normalize_scores=True); in float16 try bfloat16",
+        "lower actor_lr and critic_lr; look for extreme scores (normalize_scores=True); in float16 try bfloat16",
     )
 
 
@@ -218,9 +211,9 @@ def _kl_exploding(history: History) -> Said:
 def _against_kl(history: History) -> str:
     coef = history.last("objective/kl_coef", 1)
     now = f" (now {coef[0]:.3g})" if coef else ""
-    steered = history.run.target_kl is not None or not history.run.critic
-    steer = "" if steered else ", or steer it with target_kl_nats_per_response"
-    return f"raise {history.run.kl_price}{now}{steer}; lower actor_lr; go back to an earlier checkpoint"
+    fixed = history.run.target_kl is None and history.run.critic
+    steer = ", or steer it with target_kl_nats_per_response" if fixed else ""
+    return f"raise kl_coef{now}{steer}; lower actor_lr; go back to an earlier checkpoint"
 
 
 def _clip_fraction(history: History) -> Said:
@@ -276,7 +269,7 @@ def _no_eos(history: History) -> Said:
         return None
     seen = f"no response of the last {FEW} updates ended with the end token"
     if history.at_start("response/eos_rate"):
-        return f"{seen}, though some did at first: the judge pays for going on", f"raise missing_eos_penalty, or {history.run.kl_price}"
+        return f"{seen}, though some did at first: the judge pays for going on", "raise missing_eos_penalty, or kl_coef"
     return (
         f"{seen}: what is never sampled cannot be learnt",
         "raise max_new_tokens; check that eos_token is the id that ends a text in the model's training data",
@@ -299,7 +292,7 @@ def _entropy_collapse(history: History) -> Said:
         return None
     return (
         f"the policy's entropy fell from {start:.3g} to {fmean(entropy):.3g} nats a token: responses become alike",
-        f"raise {history.run.kl_price}, lower actor_lr, or give a small entropy_coef (0.001); look at samples and rollout/distinct_2",
+        "raise kl_coef, lower actor_lr, or give a small entropy_coef (0.001); look at samples and rollout/distinct_2",
     )
 
 
@@ -316,11 +309,9 @@ def _length_drift(history: History) -> Said:
     if (paid if factor > 1 else -paid) > HIGH_LENGTH_CORR:
         return (
             f"{seen}, and that is what the judge pays for (correlation of score and length {paid:.2f}): length hacking",
-            "train the judge on pairs of equal length, or put a price on length into the score; raise"
-            f" {history.run.kl_price}",
+            "train the judge on pairs of equal length, or put a price on length into the score; raise kl_coef",
         )
-    advice = f"read samples of both kinds; see score/length_corr and response/eos_rate; raise {history.run.kl_price}"
-    return seen, advice
+    return seen, "read samples of both kinds; see score/length_corr and response/eos_rate; raise kl_coef"
 
 
 def _overoptimized(history: History) -> Said:
@@ -334,8 +325,7 @@ def _overoptimized(history: History) -> Said:
     return (
         f"the score rises ({scores[0]:.3g} -> {scores[-1]:.3g} over {places[-1] - places[0] + 1} updates) while the"
         f" held-out judge's falls ({held_out[0]:.3g} -> {held_out[-1]:.3g}): the policy exploits the judge",
-        f"stop at the checkpoint of the best reward/held_out_score; raise {history.run.kl_price}; train the judge on new"
-        " responses",
+        "stop at the checkpoint of the best reward/held_out_score; raise kl_coef; train the judge on new responses",
     )
 
 

@@ -207,15 +207,15 @@ def evaluate(
     pair_judges = pair_judges or {}
     _check_models(a, b)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    sampling |= {"eos_token": eos_token, "seed": seed}
-    _check_arguments([*judges, *pair_judges], num_samples, a.num_tokens, **sampling)
+    sampling |= {"eos_token": eos_token, "seed": seed, "num_samples": num_samples}
+    _check_arguments([*judges, *pair_judges], a.num_tokens, **sampling)
     asked = prompts_from(num_tokens=a.num_tokens, seed=seed, prompts=prompts, tokenizer=tokenizer)
     rows = torch.arange(len(asked)).repeat_interleave(num_samples)
     work = _Work(asked, rows, sampling, max_batch_size, max_batch_tokens, use_tqdm)
     drawn = [work.sample(model, name) for model, name in ((a, "A"), (b, "B"))]
     scores = [{name: work.judge(judge, texts, name) for name, judge in judges.items()} for texts in drawn]
-    both = ((a, b), (b, a))
-    kl = [work.divergence(*models, texts) if temperature else None for models, texts in zip(both, drawn, strict=True)]
+    both = zip(((a, b), (b, a)), drawn, strict=True)
+    kl = [work.divergence(*models, texts) if temperature else None for models, texts in both]
     sides = [
         Side(texts.responses(tokenizer), texts.lengths.cpu(), texts.ended.cpu(), given, far)
         for texts, given, far in zip(drawn, scores, kl, strict=True)
@@ -225,7 +225,6 @@ def evaluate(
     for name, pair_judge in pair_judges.items():
         answers = swapped_preferences(pair_judge, asked_texts, sides[0].responses, sides[1].responses)
         contests[name] = pair_contest(answers, clusters)
-    sampling["num_samples"] = num_samples
     return Evaluation(list(prompts), rows, sides[0], sides[1], contests, sampling)
 
 
@@ -262,7 +261,7 @@ class _Work(NamedTuple):
 
     def sample(self, model: PaLM, name: str) -> _Drawn:
         """A response to each row. A batch's random numbers are its own, so that both models get the same."""
-        options = {key: value for key, value in self.sampling.items() if key != "seed"}
+        options = {key: value for key, value in self.sampling.items() if key not in ("seed", "num_samples")}
         lengths, steps = self.prompts.lengths[self.rows], self.sampling["max_new_tokens"]
         batches = split_rows(lengths.tolist(), max_rows=self.max_batch_size)
         texts: dict[int, Tensor] = {}
@@ -330,7 +329,7 @@ def _check_models(a: PaLM, b: PaLM) -> None:
 
 
 def _check_arguments(
-    names: list[str], num_samples: int, num_tokens: int, *, max_new_tokens: int, temperature: float,
+    names: list[str], num_tokens: int, *, num_samples: int, max_new_tokens: int, temperature: float,
     eos_token: int | None, seed: int,
 ) -> None:  # fmt: skip
     if len(set(names)) < len(names):

@@ -5,6 +5,7 @@ What a method adds is its loss, its settings and what its rows teach: `policy/pp
 
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -114,5 +115,6 @@ class OnlineTrainer(PolicyTrainer):
         episodes = num_fresh * self.ranks.count
         self.episodes += episodes
         self.updates += 1
-        self.kl_coef = self.settings.next_kl_coef(self.kl_coef, metrics["objective/kl"], num_episodes=episodes)
+        if isfinite(kl := metrics["objective/kl"]):  # no response may have counted
+            self.kl_coef = self.settings.next_kl_coef(self.kl_coef, kl, num_episodes=episodes)
         return metrics | {"episodes": float(self.episodes)}

@@ -66,7 +66,8 @@ def plan(
     """Memory and time of a run of `train`, arguments as there; every process must call it.
 
     The judges are called with responses of random tokens. Where groups that teach nothing are sampled again, time and
-    disk are those of one round: how many it takes, the judge alone knows. Only the phases are timed, not the little between them.
+    disk are those of one round: how many it takes, the judge alone knows. Only the phases are timed, not the little
+    between them.
 
     Raises:
         ValueError: if `train` would refuse the arguments.

@@ -144,11 +144,12 @@ def row_batches(
         max_tokens: rows times the longest sequence of a batch.
     """
     parts = split_rows([sum(spans[row]) for row in rows], max_rows=max_rows or len(rows), max_tokens=max_tokens)
-    batches = [[rows[place] for place in part] for part in parts]
-    indices = torch.tensor([row for batch in batches for row in batch], device=device).split([*map(len, batches)])
-    for batch, index in zip(batches, indices, strict=True):
-        lengths = [spans[row][1] for row in batch]
-        yield Rows(index, max(sum(spans[row]) for row in batch), max(lengths), sum(lengths))
+    numbers, start = torch.tensor([rows[place] for part in parts for place in part], device=device), 0
+    for part in parts:  # a view at a time: there can be thousands
+        batch, end = [spans[rows[place]] for place in part], start + len(part)
+        lengths = [length for _, length in batch]
+        yield Rows(numbers[start:end], max(map(sum, batch)), max(lengths), sum(lengths))
+        start = end
 
 
 class Prompting(NamedTuple):

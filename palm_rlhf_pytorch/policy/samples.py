@@ -160,7 +160,8 @@ def _picked(scores: Sequence[float], k: int) -> tuple[list[int], list[int]]:
         raise ValueError(f"k ({k}) must be 0 or more")
     finite = [place for place, score in enumerate(scores) if math.isfinite(score)]
     best = sorted(finite, key=lambda place: -scores[place])[: min(k, -(-len(finite) // 2))]
-    rest = [place for place in finite if place not in set(best)]
+    taken = set(best)
+    rest = [place for place in finite if place not in taken]
     return best, sorted(rest, key=lambda place: scores[place])[:k]
 
 

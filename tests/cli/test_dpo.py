@@ -92,9 +92,18 @@ def test_bad_records_stop_or_are_left_out_and_counted(files, capsys):
     with (files / "two.jsonl").open("a") as file:
         file.write('{"prompt": "p", "chosen": 3, "rejected": "x"}\n')
     assert main(arguments(files)) == 2
-    assert "two.jsonl, line 6" in capsys.readouterr().err
+    assert "two.jsonl, line 6" in (error := capsys.readouterr().err) and "--on-bad-record skip" in error
     assert main(arguments(files, "--on-bad-record", "skip")) == 0
     assert "13 rows: 12 pairs, 1 bad" in capsys.readouterr().out
+
+
+def test_columns_of_other_names_are_read(files, capsys):
+    for name in ("one.jsonl", "two.jsonl"):
+        text = (files / name).read_text()
+        (files / name).write_text(text.replace('"prompt"', '"question"').replace('"chosen"', '"better"'))
+    named = ["--column", "question=prompt", "--column", "better=chosen"]
+    assert main(arguments(files, "--no-preflight", *named)) == 0
+    assert "columns not read" not in (printed := capsys.readouterr().out) and "without a prompt" not in printed
 
 
 def test_a_fault_is_told_before_the_first_step(files, capsys):
