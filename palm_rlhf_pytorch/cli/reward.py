@@ -188,9 +188,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _finish(
-    judge: Judge, found: RewardTraining, labels: Labels, args: argparse.Namespace, folders: Sequence[Path]
-) -> None:
+def _finish(judge: Judge, found: RewardTraining, labels: Labels, args: argparse.Namespace, folders: list[Path]) -> None:
     """Save the judge, judge it on what was held out, and clear the run's checkpoints away."""
     judge.save(args.out)
     assert found.held_out is not None, "split_by_group leaves no side empty"

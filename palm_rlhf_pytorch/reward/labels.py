@@ -129,7 +129,7 @@ def check_ratings(labels: Sequence[Label], *, num_bins: int, lowest: int) -> Non
             value = label.value
             if value != int(value) or not lowest <= value < lowest + num_bins:
                 raise ValueError(
-                    f"the rating of {_place(label)} is {value:g}: {num_bins} bins take whole numbers from {lowest} to"
+                    f"{_place(label)} is {value:g}: {num_bins} bins take whole numbers from {lowest} to"
                     f" {lowest + num_bins - 1}; label_offset is the lowest, num_binned_output=0 takes any number"
                 )
 

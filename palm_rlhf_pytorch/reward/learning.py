@@ -150,7 +150,7 @@ def train_reward_model(
     saves = None
     if run_dir is not None:
         kept = Checkpoints(run_dir, keep_last=1, keep_best="eval/loss", maximize=False, accelerator=accelerator)
-        saves = Saves(kept, every=every, resume=resume, data=_digest(model, course, judged))
+        saves = Saves(kept, every=every, resume=resume, data=_told(model, course, judged))
     trained = reward_model.finetune_parameters()
     best = _Best(model, trained, patience=patience * every, checkpoints=None if saves is None else saves.checkpoints)
     found = fit(
@@ -181,15 +181,16 @@ def _encoded(
     return train, encode_labels(held_out, tokenizer, **limits) if held_out else None
 
 
-def _digest(model: "LabelledLoss", course: Course, held_out: EncodedLabels | None) -> str:
-    """SHA-256 over what decides the weights of a run, beside `fit`'s own arguments and its checkpoints."""
+def _told(model: "LabelledLoss", course: Course, held_out: EncodedLabels | None) -> str:
+    """What decides the weights of a run, beside `fit`'s own arguments and its checkpoints."""
     reward_model, rankings = model.reward_model, getattr(model.rankings, "__name__", type(model.rankings).__name__)
-    data = (course.own, course.encoded.digest, None if held_out is None else held_out.digest)
-    found = hashlib.sha256(repr((data, model.centering, rankings, reward_model.config)).encode())
+    labels = repr((course.own, course.encoded.digest, None if held_out is None else held_out.digest))
+    trunk = hashlib.sha256(repr(reward_model.palm.config).encode())
     if reward_model.settings.use_lora:  # checkpoints hold the adapter alone, which is worth nothing on another trunk
         for weight in reward_model.palm.parameters():
-            found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            trunk.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digests = f"labels {hashlib.sha256(labels.encode()).hexdigest()[:16]}, trunk {trunk.hexdigest()[:16]}"
+    return f"{digests}, centering {model.centering}, {rankings}, {reward_model.settings}"
 
 
 class LabelledLoss(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.text.columns import read_columns
-from palm_rlhf_pytorch.text.dialogues import FieldError
+from palm_rlhf_pytorch.text.dialogues import FieldError, opening_of
 from palm_rlhf_pytorch.text.records import Label, Rating
 from palm_rlhf_pytorch.text.rows import Row, check_table, read_rows
 
@@ -195,8 +195,9 @@ def read_labels(
 def split_by_group(records: Sequence[Label], *, held_out: float, seed: int = 0) -> tuple[list[Label], list[Label]]:
     """Records to train on, and records held out, with no group on both sides.
 
-    A record without a group goes by its prompt (of two prompts, the first in the alphabet), and one without either
-    by its responses. Where a group goes depends on its name and the seed alone, so that added data moves no record.
+    A record without a group goes by its prompt (of two prompts, the first in the alphabet), of a dialogue by how that
+    begins, since files hold the same one at several lengths; a record without either goes by its responses. Where a
+    group goes depends on its name and the seed alone, so that added data moves no record.
 
     Args:
         records: of any kind.
@@ -221,7 +222,7 @@ def split_by_group(records: Sequence[Label], *, held_out: float, seed: int = 0) 
 def _group(record: Label) -> str:
     if record.group is not None:
         return f"group\n{record.group}"
-    prompt = min(text.prompt for text in record.texts)
+    prompt = min(opening_of(text.prompt) for text in record.texts)
     return f"prompt\n{prompt}" if prompt else "\n".join(["text", *sorted(text.response for text in record.texts)])
 
 

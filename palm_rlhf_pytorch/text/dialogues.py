@@ -151,6 +151,12 @@ def open_prompt(prompt: str, *, field: str) -> str:
     raise FieldError(field, f"ends with a turn of {last[1]}; a prompt ends with the Human's turn")
 
 
+def opening_of(prompt: str) -> str:
+    """A dialogue's prompt up to where the assistant first speaks, which its later prompts share; other text whole."""
+    marks = _MARK.finditer(prompt) if _BEGINNING.match(prompt) else ()
+    return next((prompt[: mark.end()] for mark in marks if mark[1] == "Assistant"), prompt)
+
+
 def _implicit(value: object, field: str) -> Parts:
     if not isinstance(value, str):
         return Parts(*split_turns(read_turns(value, field=field), field=field), ("with an implicit prompt",))

@@ -5,8 +5,9 @@ import pytest
 from palm_rlhf_pytorch.objectives.group import DR_GRPO, GRPO, GSPO, RLOO
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
+from palm_rlhf_pytorch.training.metrics import MetricsLog
 from tests.distributed.ranks import in_ranks
-from tests.distributed.runs import learnt, run_and_resume, sampled, trained_run
+from tests.distributed.runs import learnt, rank, run_and_resume, sampled, trained_run
 
 GROUPS = {"kind": GRPOTrainer, "group_size": 5}
 
@@ -48,3 +49,26 @@ def test_a_run_that_samples_again_goes_on_to_the_same_bits(tmp_path):
     for (ended, resumed), undisturbed in zip(ranks, alone, strict=True):
         assert ended["stopped"] == "SIGTERM"
         assert resumed["weights"] == undisturbed["weights"] != ended["weights"]
+
+
+def refused_metrics(folder, *, run_dir):
+    """A run whose main process cannot write metrics."""
+    log = MetricsLog.log
+
+    def refused(*given, **named):
+        if rank() == 0:
+            raise OSError("no space left")
+        return log(*given, **named)
+
+    MetricsLog.log = refused
+    try:
+        return trained_run(folder, run_dir=run_dir, num_episodes=20, **GROUPS)["error"]
+    finally:
+        MetricsLog.log = log
+
+
+@pytest.mark.filterwarnings("ignore:minibatch_size")
+def test_a_disk_that_refuses_metrics_ends_both_processes(tmp_path):
+    first, second = in_ranks(tmp_path / "logs", refused_metrics, run_dir=tmp_path / "run")
+    assert first == "OSError: no space left"
+    assert second == "RuntimeError: another process stopped: rank 0: OSError: no space left"

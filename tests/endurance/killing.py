@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
+from palm_rlhf_pytorch.training.manifest import read_manifest
 from tests.endurance import worker
 
 
@@ -101,9 +102,9 @@ def whole_checkpoints(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for path in paths:
-            load_checkpoint(path, kind="RLHFTrainer")
+            kind = load_checkpoint(path, kind=read_manifest(path).kind).kind
         if paths:
-            assert Checkpoints(checkpoints).latest(kind="RLHFTrainer") is not None
+            assert Checkpoints(checkpoints).latest(kind=kind) is not None
     return len(paths)
 
 

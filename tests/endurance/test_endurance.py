@@ -12,8 +12,9 @@ SAMPLED, MINIBATCH, EPOCH, UPDATE, STALE_MINIBATCH = 1, 3, 4, 8, 12
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_with_the_bits_of_one_left_alone(tmp_path):
-    report = killed_at_random(tmp_path / "run", kills=5, **SHORT)
+@pytest.mark.parametrize("grouped", [False, True], ids=["ppo", "grpo"])
+def test_runs_killed_at_random_moments_end_with_the_bits_of_one_left_alone(tmp_path, grouped):
+    report = killed_at_random(tmp_path / "run", kills=5, grouped=grouped, **SHORT)
     assert report["kills"] == 5 and report["differences"] == []
 
 

@@ -10,15 +10,21 @@ import numpy as np
 import torch
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
-from palm_rlhf_pytorch.training.checkpoint import Checkpoints
+from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
+from palm_rlhf_pytorch.training.manifest import read_manifest
 
 PROMPTS = [torch.tensor(ids) for ids in ([3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5], [8, 9, 7, 9])]
 SETTINGS = {
-    "actor_lr": 1e-2, "critic_lr": 1e-2, "actor_dropout": 0.1, "critic_dropout": 0.1, "minibatch_size": 4, "epochs": 2,
-    "max_batch_size": 4, "max_batch_tokens": 40, "target_kl_nats_per_response": 0.5, "kl_horizon": 100,
-    "max_staleness": 1, "save_every_steps": 1, "save_rollouts": True, "keep_last": 3,
+    "actor_lr": 1e-2, "actor_dropout": 0.1, "minibatch_size": 4, "epochs": 2, "max_batch_size": 4,
+    "max_batch_tokens": 40, "save_every_steps": 1, "save_rollouts": True, "keep_last": 3,
 }  # fmt: skip
+PPO = {
+    "critic_lr": 1e-2, "critic_dropout": 0.1, "target_kl_nats_per_response": 0.5, "kl_horizon": 100,
+    "max_staleness": 1,
+}  # fmt: skip
+GROUPS = {"group_size": 5, "max_rounds": 4}
 CALL = {"max_seq_len": 12, "eos_token": 2, "update_timesteps": 10, "use_tqdm": False}
 
 
@@ -32,19 +38,26 @@ def count_threes(sequences, *, prompt_mask, mask):
     return ((sequences == 3) & mask & ~prompt_mask).sum(dim=-1).float() + torch.rand(len(sequences))
 
 
-def make_trainer(folder):
-    """The run's trainer."""
+def picky_judge(sequences, *, prompt_mask, mask):
+    """A judge to whom most responses are alike, so that groups are sampled again; it draws too."""
+    sevens = ((sequences == 7) & mask & ~prompt_mask).sum(dim=-1)
+    return ((sevens > 1) | (torch.rand(len(sequences)) < 0.05)).float()
+
+
+def make_trainer(folder, *, grouped=False):
+    """The run's trainer, by PPO or by GRPO with dynamic sampling."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     palm = PaLM(num_tokens=13, dim=12, depth=2, dim_head=6, heads=3, ff_mult=2)
-    return RLHFTrainer(
-        palm=palm, reward_model=noisy_judge, held_out_judge=count_threes, prompt_token_ids=PROMPTS, run_dir=folder,
-        accelerate_kwargs={"cpu": True}, **SETTINGS,
+    kind, judge, own = (GRPOTrainer, picky_judge, GROUPS) if grouped else (RLHFTrainer, noisy_judge, PPO)
+    return kind(
+        palm=palm, reward_model=judge, held_out_judge=count_threes, prompt_token_ids=PROMPTS, run_dir=folder,
+        accelerate_kwargs={"cpu": True}, **SETTINGS, **own,
     )  # fmt: skip
 
 
-def run(folder, *, num_episodes=40, end_at=None, signal=None):
+def run(folder, *, num_episodes=40, end_at=None, signal=None, grouped=False):
     """Train, or go on with it, to the end.
 
     Args:
@@ -52,9 +65,10 @@ def run(folder, *, num_episodes=40, end_at=None, signal=None):
         num_episodes: of all.
         end_at: number of the checkpoint after which this process gets `signal`, counted over the run.
         signal: SIGKILL, SIGTERM or SIGINT.
+        grouped: see `make_trainer`.
     """
     torch.set_num_threads(1)
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, grouped=grouped)
     if end_at is not None:
         save = trainer.run.checkpoints.save
 
@@ -73,7 +87,8 @@ def run(folder, *, num_episodes=40, end_at=None, signal=None):
 
 def digest(folder):
     """SHA-256 of what a finished run left: weights, optimizer, plain values, and metrics without times."""
-    checkpoint = Checkpoints(Path(folder) / "checkpoints").latest(kind="RLHFTrainer")
+    newest = max((Path(folder) / "checkpoints").glob("step-*"))
+    checkpoint = load_checkpoint(newest, kind=read_manifest(newest).kind)
     found = {}
     for group, tensors in checkpoint.tensors.items():
         value = hashlib.sha256()

@@ -95,3 +95,30 @@ def test_a_run_that_fools_its_judge_ends_and_goes_back(make_trainer, tmp_path):
 def test_a_watch_needs_a_folder(make_trainer):
     with pytest.raises(ValueError, match="give the trainer a run_dir"):
         make_trainer(watch=WatchSettings())
+
+
+def test_the_best_policy_outlasts_a_resume_and_the_checkpoints_inside_updates(make_trainer, tmp_path):
+    judges = {"reward_model": Climbing(), "held_out_judge": Fooled(8), "normalize_scores": False, "value_clip": None}
+    watch = WatchSettings(patience=3, window=2, noise=1.0)
+
+    def make(**options):
+        return make_trainer(run_dir=tmp_path, watch=watch, **judges, **options)
+
+    first = make()
+    first.train(9 * 8, **CALL)
+    assert first.stopped is None
+    trainer = make(save_every_steps=2, save_rollouts=True)
+    trainer.train(40 * 8, resume="auto", **CALL)
+    assert trainer.stopped == "watch"
+    assert 6 <= trainer.updates <= 9
+
+
+def test_where_no_checkpoint_was_kept_the_watch_ends_the_run_as_it_is(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(
+        reward_model=Climbing(), held_out_judge=Fooled(2), run_dir=tmp_path, normalize_scores=False, value_clip=None,
+        save_every=100, watch=WatchSettings(patience=1, window=1, noise=0.0),
+    )  # fmt: skip
+    history = trainer.train(40 * 8, **{**CALL, "use_tqdm": True})
+    assert trainer.stopped == "watch"
+    assert trainer.updates == len(history) < 40
+    assert "lower save_every" in capsys.readouterr().err

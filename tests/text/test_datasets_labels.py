@@ -117,6 +117,15 @@ def test_the_same_two_texts_stay_together_in_either_order():
     assert not {frozenset(record.texts) for record in train} & {frozenset(record.texts) for record in held_out}
 
 
+def test_a_dialogue_stays_together_at_every_length():
+    begun = [f"\n\nHuman: question {number}\n\nAssistant:" for number in range(60)]
+    prompts = [*begun, *(f"{prompt} answer {len(prompt)}\n\nHuman: and?\n\nAssistant:" for prompt in begun)]
+    records = [Pair(chosen=Text(prompt, " a"), rejected=Text(prompt, " b")) for prompt in prompts]
+    sides = split_by_group(records, held_out=0.4)
+    learnt, held_out = ({begun.index(record.chosen.prompt.split(" answer")[0]) for record in side} for side in sides)
+    assert not learnt & held_out and len(learnt) + len(held_out) == 60
+
+
 def test_split_with_an_empty_side_is_refused():
     with pytest.raises(ValueError, match=r"held_out \(0.5\) leaves a side of 1 groups empty"):
         split_by_group([pair(1, group="g"), pair(2, group="g")], held_out=0.5)
