@@ -23,7 +23,14 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.13", "einops", "beartype>=0.23", "accelerate", "tqdm", "numpy"],
     extras_require={
-        "test": ["pytest", "ruff", "mypy"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "matplotlib",
+            "transformers",
+        ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "hf": ["transformers"],  # classifiers as judges
         "plot": ["matplotlib"],  # reliability plots

@@ -1,5 +1,6 @@
 """What all rooms' tests share: they start from the same random states, whatever ran before them."""
 
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from tests.processor import cap_instruction_set
 
 cap_instruction_set()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a process a core: more threads would wait for one another
 
 
 @pytest.fixture(autouse=True)

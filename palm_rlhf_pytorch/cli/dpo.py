@@ -87,7 +87,7 @@ def _add_loss_arguments(loss: "argparse._ArgumentGroup") -> None:
         "--beta", metavar="BETA", help="price of straying; by default 0.1, length-normalised 5, simpo 2", **hidden
     )
     loss.add_argument("--gamma", metavar="GAMMA", help="simpo's margin; by default 1", **hidden)
-    loss.add_argument("--flip-rate", metavar="E", help="share of wrong labels in cdpo and robust; 0.1", **hidden)
+    loss.add_argument("--flip-rate", metavar="E", help="share of wrong labels (cdpo, robust); by default 0.1", **hidden)
     loss.add_argument("--nll", type=float, default=0.0, metavar="COEF", help="weight of the preferred texts' own loss")
 
 

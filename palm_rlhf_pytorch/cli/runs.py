@@ -91,7 +91,7 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: Polic
             "--max-approx-kl",
             float,
             "KL",
-            "end an update's learning once the policy has moved so far, nats a byte; 0.02",
+            "end an update's learning once the policy has moved so far, nats a byte; 0.02 is usual, the default none",
         ),
         ("--ptx-coef", float, "W", "weight of a language-modelling loss on --pretraining, mixed into each step"),
         ("--top-k", int, "K", "sample from the K likeliest bytes alone, and learn that policy"),

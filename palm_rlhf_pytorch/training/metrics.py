@@ -66,7 +66,7 @@ GLOSSARY: dict[str, str] = {
     "score/length_corr": "Pearson correlation of raw score and response length over responses, -1 to 1",
     "rollout/sampler_logprob_diff_mean": "mean over tokens of |sampler's logprob - training path's logprob|, nats",
     "rollout/sampler_logprob_diff_max": "largest such difference, nats",
-    "rollout/groups": "prompts whose responses were compared in this update, over all processes and rounds",
+    "rollout/groups": "groups of responses that were compared in this update, over all processes and rounds",
     "rollout/informative_groups": "share of these groups in which scores differ: the others teach nothing",
     "reward/score_sampled": "mean raw score over all responses sampled, those of groups that were left out included",
     "rollout/distinct_2": "different pairs of neighbouring tokens over pairs, of the first 65,536 pairs, 0 to 1",

@@ -181,3 +181,18 @@ def test_parts_that_do_not_go_together_are_refused():
         replace(GSPO, average=constant_average)
     with pytest.raises(ValueError, match=r"kl_coef \(-1"):
         replace(GRPO, kl_coef=-1.0)
+
+
+@pytest.mark.parametrize("objective", [GRPO, RLOO, GSPO], ids=["grpo", "rloo", "gspo"])
+def test_how_far_the_policy_moved_is_told_per_token_whatever_is_clipped(objective):
+    """Log-ratios .1, -.2, .3 of one response and -.1 of another: their negative mean, and half their mean square."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    moved, old = torch.tensor([[0.1, -0.2, 0.3], [-0.1, 9.0, 9.0]]), torch.full((2, 3), -2.0)
+    found = group_loss(
+        old + moved, old, old, torch.tensor([1.0, -1.0]), mask, objective=objective,
+        counts=Counts(torch.tensor(4.0), torch.tensor(2.0)), max_length=3,
+    ).policy  # fmt: skip
+    assert float(found.approx_kl_k1) == pytest.approx(-0.1 / 4, rel=1e-5)
+    assert float(found.approx_kl_k2) == pytest.approx((0.01 + 0.04 + 0.09 + 0.01) / 8, rel=1e-5)
+    k3 = (0.0051709, 0.0187308, 0.0498588, 0.0048374)  # exp(d) - 1 - d
+    assert float(found.approx_kl) == pytest.approx(sum(k3) / 4, rel=1e-4)

@@ -2,11 +2,15 @@
 
 import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
+from palm_rlhf_pytorch.objectives.group import GroupObjective
 from palm_rlhf_pytorch.policy.doctor import RULES, WATCHED, Doctor
+from palm_rlhf_pytorch.policy.group_settings import GroupSettings
+from palm_rlhf_pytorch.policy.ppo_settings import PPOSettings
 from palm_rlhf_pytorch.training.metrics import GLOSSARY
 
 UPDATES = 37
@@ -160,6 +164,20 @@ def test_findings_give_the_numbers_and_name_a_setting():
     doctor, ended_once = Doctor(eos_token=True), trace({"response/eos_rate": after(0.3, 0)})
     (eos,) = (found for record in ended_once[:24] for found in doctor.examine(record))
     assert "some did at first" in eos.message and "missing_eos_penalty" in eos.advice
+
+
+def test_advice_to_a_run_without_a_critic_names_nothing_that_it_has_not():
+    faults = {
+        "objective/kl": 80.0, "policy/skipped_steps": 1, "policy/entropy": after(2.0, 0.3), "response/eos_rate": 0,
+        "response/length_mean": after(20, 60), "policy/clipped_fraction": 0.5,
+    }  # fmt: skip
+    settings = {field.name for field in fields(GroupSettings)} | {field.name for field in fields(GroupObjective)}
+    foreign = {field.name for field in fields(PPOSettings)} - settings
+    doctor = Doctor(**GroupSettings().doctor_arguments())
+    advice = [found.advice for record in trace(faults) for found in doctor.examine(record)]
+    assert len(advice) >= 5
+    assert not [name for name in foreign for text in advice if name in text]
+    assert any("the objective's kl_coef" in text for text in advice)
 
 
 @pytest.mark.parametrize(
