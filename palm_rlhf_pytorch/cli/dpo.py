@@ -22,12 +22,13 @@ from palm_rlhf_pytorch.objectives.direct import (
 )
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.direct import DirectTrainer
+from palm_rlhf_pytorch.policy.direct_records import sorted_out
 from palm_rlhf_pytorch.policy.direct_settings import DirectSettings
 from palm_rlhf_pytorch.policy.dpo import DPOTrainer
 from palm_rlhf_pytorch.policy.kto import KTOTrainer
 from palm_rlhf_pytorch.policy.preflight import PreflightError
 from palm_rlhf_pytorch.text.datasets import split_by_group
-from palm_rlhf_pytorch.text.records import Label
+from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Vote
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
@@ -106,7 +107,11 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup") -> None:
     )
     learning.add_argument("--max-length", type=int, default=1024, metavar="N", help="bytes of prompt and response")
     learning.add_argument(
-        "--held-out", type=float, default=0.1, metavar="SHARE", help="share of the groups that is only looked at"
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the groups to look at only; 0: none",
     )
     learning.add_argument(
         "--save-every", type=int, default=DEFAULTS.save_every, metavar="N", help="steps between two checkpoints"
@@ -127,10 +132,18 @@ def run(args: argparse.Namespace) -> int:
     if not resume and Checkpoints(args.run_dir / "checkpoints").steps():
         raise ValueError(f"--run-dir {args.run_dir} holds a run already: --resume goes on with it; or name another")
     labels = read(args)
-    train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
+    kinds = (Vote, Pair, Ranking) if args.loss == "kto" else (Pair, Ranking)
+    records, others = sorted_out(labels.records, kinds)
+    if not records:
+        raise ValueError(f"--data holds no record that --loss {args.loss} learns from: {labels.summary()}")
+    train, held_out = records, list[Label]()
+    if args.held_out:
+        train, held_out = split_by_group(records, held_out=args.held_out, seed=args.seed)
     trainer = trainer_of(args, train, held_out)
     say = trainer.accelerator.print
     say(labels.summary())
+    if others:
+        say(f"{others:,} records of other kinds are left out: --loss {args.loss} does not learn from them")
     say(f"{len(train):,} records to learn from, {len(held_out):,} held out; {trainer.cuts}")
     begin = {"num_epochs": args.epochs, "resume": "auto" if resume else None}
     trainer.check_call(**begin)
@@ -168,8 +181,8 @@ def trainer_of(args: argparse.Namespace, train: Sequence[Label], held_out: Seque
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the present one
     common: dict[str, Any] = {
-        "palm": palm, "tokenizer": TOKENIZER, "held_out": held_out, "max_length": args.max_length, "seed": args.seed,
-        "run_dir": args.run_dir, "accelerate_kwargs": {"cpu": device.type == "cpu"}, "lr": args.lr,
+        "palm": palm, "tokenizer": TOKENIZER, "held_out": held_out or None, "max_length": args.max_length,
+        "seed": args.seed, "run_dir": args.run_dir, "accelerate_kwargs": {"cpu": device.type == "cpu"}, "lr": args.lr,
         "lora_r": args.lora_r, "minibatch_size": args.minibatch_size, "max_batch_tokens": args.max_batch_tokens,
         "save_every": args.save_every,
     }  # fmt: skip

@@ -30,6 +30,7 @@ IMPROVED = "improved_palm.pt"
 METRICS = "metrics.jsonl"  # where the trainer writes them in its run_dir
 HEADLINE = (
     ("reward-model score", "reward/score"),
+    ("held-out judge's score", "reward/held_out_score"),
     ("KL to the reference (nats per response)", "objective/kl"),
     ("response length (bytes)", "response/length_mean"),
     ("EOS rate", "response/eos_rate"),
@@ -74,7 +75,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, defaults: PolicySettings)
 
 def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: PolicySettings) -> None:
     learning.add_argument(
-        "--actor-lr", type=float, default=defaults.actor_lr, metavar="LR",
+        "--actor-lr", "--lr", type=float, default=defaults.actor_lr, metavar="LR",
         help="the policy's peak learning rate; 1e-3 suits dim 64, 3e-4 dim 128, 1e-4 dim 512",
     )  # fmt: skip
     learning.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="passes over each rollout")
@@ -105,7 +106,7 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: Polic
 def add_going_on_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a run begins."""
     for option, meaning in (
-        ("--resume", "go on with the run that --run-dir holds; begin one if it holds none"),
+        ("--resume", "go on with the run that --run-dir holds, by the same options; begin one if it holds none"),
         ("--watch", "end the run and go back to its best policy where the judge is being fooled; see --held-out-judge"),
         ("--no-preflight", "leave out the checks before the first step"),
     ):
@@ -214,9 +215,11 @@ def refuse_run(run_dir: Path) -> None:
 
 
 def changes(path: Path) -> str:
-    """A small table of the first and the last update in a metrics file."""
+    """A small table of the first and the last update in a metrics file; of a single one its own figures."""
     records = read_metrics(path)
-    first, last = records[0], records[-1]
-    head = f"{'mean over the responses of an update':<42}{'first':>9}{'last':>9}"
-    rows = [f"{label:<42}{first[name]:>9.3f}{last[name]:>9.3f}" for label, name in HEADLINE]
-    return "\n".join([head, *rows])
+    shown = {"first": records[0], "last": records[-1]} if len(records) > 1 else {"only": records[0]}
+    lines = [f"{'mean over the responses of an update':<42}" + "".join(f"{name:>9}" for name in shown)]
+    for label, name in HEADLINE:
+        values = [record[name] for record in shown.values() if name in record]
+        lines += [f"{label:<42}" + "".join(f"{value:>9.3f}" for value in values)] if values else []
+    return "\n".join(lines)

@@ -32,7 +32,7 @@ from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 from palm_rlhf_pytorch.training.saves import Saves
 from palm_rlhf_pytorch.training.supervised import fit
 from palm_rlhf_pytorch.typecheck import typecheck
@@ -94,7 +94,7 @@ class DirectTrainer:
         check_trackers((accelerate_kwargs or {}).get("log_with"))
         self.name, self.loss_name, self.settings, self.seed = name, loss_name, settings, seed
         self.encoder, self.examples, self.held_out = encoder, examples, held_out
-        self.accelerator = Accelerator(**(accelerate_kwargs or {}))
+        self.accelerator = new_accelerator(accelerate_kwargs)
         check_whole(self.accelerator)
         self.ranks = Ranks(self.accelerator)
         if self.accelerator.log_with:

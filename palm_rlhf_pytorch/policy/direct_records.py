@@ -3,28 +3,30 @@
 Knows no tokens and no loss.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from palm_rlhf_pytorch.text.datasets import read_labels
+from palm_rlhf_pytorch.text.datasets import Labels, read_labels
 from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Vote
 
-Source = str | Path | Sequence[Label]
+Source = str | Path | Sequence[Label] | Labels
 
 
 def pairs_of(source: Source) -> list[Pair]:
     """Pairs as they are; of a ranking all its pairs, which share its weight, equal ranks being ties.
 
     Args:
-        source: records, or a file that `read_labels` reads; read it yourself to leave bad records out.
+        source: records, or a file that `read_labels` reads, whose records of other kinds are left out with a warning;
+            read it yourself to leave bad records out.
 
     Raises:
-        ValueError: if a record is of another kind, or none is left.
+        ValueError: if a record that is given is of another kind, or none is left.
     """
     pairs: list[Pair] = []
-    for index, record in enumerate(_records(source)):
+    for index, record in enumerate(_records(source, (Pair, Ranking))):
         if isinstance(record, Pair):
             pairs.append(record)
         elif isinstance(record, Ranking):
@@ -48,7 +50,7 @@ def votes_of(source: Source) -> list[Vote]:
         ValueError: if a record is of another kind, or none is left.
     """
     votes: list[Vote] = []
-    for index, record in enumerate(_records(source)):
+    for index, record in enumerate(_records(source, (Vote, Pair, Ranking))):
         if isinstance(record, Vote):
             votes.append(record)
         elif isinstance(record, Pair):
@@ -61,8 +63,20 @@ def votes_of(source: Source) -> list[Vote]:
     return votes
 
 
-def _records(source: Source) -> Sequence[Label]:
-    return read_labels(source).records if isinstance(source, str | Path) else source
+def _records(source: Source, kinds: tuple[type[Label], ...]) -> Sequence[Label]:
+    """Records as they are given; of a file those of the kinds, with a warning of how many others there are."""
+    if not isinstance(source, str | Path):
+        return source.records if isinstance(source, Labels) else source
+    kept, others = sorted_out(read_labels(source).records, kinds)
+    if others:
+        warnings.warn(f"{source}: {others} of its records are of other kinds and left out", stacklevel=4)
+    return kept
+
+
+def sorted_out(records: Sequence[Label], kinds: tuple[type[Label], ...]) -> tuple[list[Label], int]:
+    """Records of the kinds that a loss takes, and how many others there are."""
+    kept = [record for record in records if isinstance(record, kinds)]
+    return kept, len(records) - len(kept)
 
 
 def _pairs_of_ranking(ranking: Ranking) -> list[Pair]:

@@ -65,8 +65,8 @@ class GroupSettings(PolicySettings):
         """Raise a ValueError unless an update's responses are whole groups."""
         if num_responses % self.group_size:
             raise ValueError(
-                f"update_timesteps and num_episodes count responses ({num_responses} in an update): they must be"
-                f" multiples of group_size ({self.group_size})"
+                f"update_timesteps and num_episodes count responses ({num_responses} in an update or in all): they must"
+                f" be multiples of group_size ({self.group_size})"
             )
 
     @classmethod

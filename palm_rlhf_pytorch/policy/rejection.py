@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -36,7 +35,7 @@ from palm_rlhf_pytorch.policy.kept import Kept, KeptExamples, read_kept
 from palm_rlhf_pytorch.policy.prompts import prompts_from
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 from palm_rlhf_pytorch.training.saves import Saves, clear
 from palm_rlhf_pytorch.training.supervised import fit
 from palm_rlhf_pytorch.typecheck import typecheck
@@ -107,7 +106,7 @@ class RejectionTrainer:
         )  # fmt: skip
         self.judge, self.seed, self.max_batch_size = reward_model, seed, max_batch_size
         self.num_samples, self.min_score = num_samples, min_score
-        self.accelerator = Accelerator(**(accelerate_kwargs or {}))
+        self.accelerator = new_accelerator(accelerate_kwargs)
         check_whole(self.accelerator)
         self.ranks = Ranks(self.accelerator)
         if self.accelerator.log_with:

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -43,7 +42,7 @@ from palm_rlhf_pytorch.policy.watch import Watch, WatchSettings
 from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 from palm_rlhf_pytorch.typecheck import typecheck
 
 STREAMS = (
@@ -91,7 +90,7 @@ class PolicyTrainer:
         for each in judges:
             check_judge(each, palm)
         check_trackers((accelerate_kwargs or {}).get("log_with"))
-        self.accelerator = Accelerator(**(accelerate_kwargs or {}))
+        self.accelerator = new_accelerator(accelerate_kwargs)
         self.ranks = Ranks(self.accelerator)
         if self.accelerator.log_with:
             kept = {name: str(value) for name, value in settings.plain().items()}  # some trackers take no lists

@@ -8,6 +8,7 @@ The loop is training/supervised.py's. Knows no policy.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from palm_rlhf_pytorch.reward.labels import (
 )
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.reward.texts import Reading
+from palm_rlhf_pytorch.text.datasets import Labels
 from palm_rlhf_pytorch.text.records import Label
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 from palm_rlhf_pytorch.training.manifest import read_manifest, step_name
@@ -49,6 +51,7 @@ from palm_rlhf_pytorch.training.supervised import fit
 from palm_rlhf_pytorch.typecheck import typecheck
 
 MAX_REFERENCES = 512  # texts that scores are normalised on; Ziegler et al. take 256
+FEW_STEPS = 20  # fewer teach next to nothing
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,11 @@ class RewardTraining:
 @typecheck
 def train_reward_model(
     reward_model: RewardModel,
-    labels: Sequence[Label],
+    labels: Sequence[Label] | Labels,
     tokenizer: object,
     *,
     eos_token: int | None,
-    held_out: Sequence[Label] = (),
+    held_out: Sequence[Label] | Labels = (),
     epochs: int = 1,
     lr: float = 1e-4,
     weight_decay: float = 0.01,
@@ -108,7 +111,7 @@ def train_reward_model(
 
     Args:
         reward_model: trained in place, where it is; its PaLM is left as it was.
-        labels: what to learn from, at least one of a weight above 0.
+        labels: what to learn from, at least one of a weight above 0; `read_labels` makes them of rows and files.
         tokenizer: gives the ids of a text, as `encode_with` takes it.
         eos_token: id that ends a response, as where the policy writes it; None for none.
         held_out: what to judge by; share no prompt with `labels`. Without any, all epochs are gone through.
@@ -137,6 +140,7 @@ def train_reward_model(
         ValueError: if an argument is out of range, labels do not fit the head, or `fit` refuses or ends; if scores come
             out all alike, so that they cannot be normalised. The weights are then those of the last good step.
     """
+    labels, held_out = (given.records if isinstance(given, Labels) else given for given in (labels, held_out))
     for name, count in (("epochs", epochs), ("evals_per_epoch", evals_per_epoch), ("patience", patience)):
         if count < 1:
             raise ValueError(f"{name} ({count}) must be at least 1")
@@ -146,6 +150,8 @@ def train_reward_model(
     ranks, limits = Ranks(accelerator), {"max_tokens": max_tokens_per_batch, "max_labels": max_labels_per_batch}
     course = Course(train, epochs=epochs, seed=seed, accumulate=accumulate, ranks=ranks, **limits)
     model = LabelledLoss(reward_model, mean_weight=course.mean_weight, centering=centering, rankings=rankings)
+    if course.num_steps < FEW_STEPS:
+        warnings.warn(f"{course.num_steps} steps teach little: lower max_tokens_per_batch", stacklevel=2)
     every = max(1, course.num_steps // (epochs * evals_per_epoch))
     saves = None
     if run_dir is not None:

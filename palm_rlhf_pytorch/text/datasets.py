@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.text.columns import read_columns
-from palm_rlhf_pytorch.text.dialogues import FieldError, opening_of
+from palm_rlhf_pytorch.text.dialogues import FieldError, opening_of, read_turns, render_prompt
 from palm_rlhf_pytorch.text.records import Label, Rating
-from palm_rlhf_pytorch.text.rows import Row, check_table, read_rows
+from palm_rlhf_pytorch.text.rows import Row, check_table, is_table, read_rows
 
 
 class TokenStream:
@@ -76,17 +76,37 @@ def read_texts(paths: Sequence[str | Path]) -> list[str]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a UTF-8 file, one a line; blank lines are skipped.
+    """Prompts of a UTF-8 file, one a line; blank lines are skipped. Of a table, its column `prompt`.
+
+    Args:
+        path: plain text, or a table by its name: .jsonl, .json, .csv, .tsv, also with .gz. There a prompt may be a list
+            of turns; it is written as labels are (`text/dialogues.py`).
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if it is not UTF-8, or holds no prompt.
+        ValueError: if it is not UTF-8, or holds no prompt, or a row of a table has none (its line is named).
     """
+    if is_table(Path(path)):
+        return [_prompt_of(row, path) for row in read_rows(Path(path))]
     # not splitlines, which also breaks at form feeds and at U+2028 inside a prompt
     prompts = [line for line in _read_text(Path(path)).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
+
+
+def _prompt_of(row: Row, path: str | Path) -> str:
+    try:
+        if isinstance(row.columns, FieldError):
+            raise row.columns
+        prompt = row.columns.get("prompt")
+        if isinstance(prompt, str) and prompt.strip():
+            return prompt
+        if not isinstance(prompt, list):
+            raise FieldError("prompt", "is missing: give a text, or a list of turns")
+        return render_prompt(read_turns(prompt, field="prompt"), field="prompt")
+    except FieldError as error:
+        raise ValueError(f"{path}, line {row.line}: {error}") from error
 
 
 class BadRecord(NamedTuple):

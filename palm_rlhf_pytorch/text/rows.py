@@ -28,6 +28,11 @@ class Row(NamedTuple):
     columns: Mapping[str, object] | FieldError
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file's name says that it holds rows."""
+    return _suffix(path) in SUFFIXES
+
+
 def check_table(path: Path) -> None:
     """Refuse what `read_rows` cannot open, before anything is read.
 

@@ -3,7 +3,8 @@
 By accelerate's collectives: every process must ask the same things in the same order.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+
+
+def new_accelerator(arguments: Mapping[str, Any] | None) -> Accelerator:
+    """An Accelerator of these arguments, which knows of all processes that were started.
+
+    Raises:
+        ValueError: if several were started and it would take each for the only one: all would write to one folder.
+    """
+    accelerator = Accelerator(**(arguments or {}))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE), and accelerate takes each for the only one: on CPUs give"
+            ' accelerate_kwargs={"cpu": True}, or set ACCELERATE_USE_CPU=true'
+        )
+    return accelerator
 
 
 class Ranks:

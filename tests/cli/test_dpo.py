@@ -8,6 +8,7 @@ import torch
 
 from palm_rlhf_pytorch.cli.main import main
 from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.policy.direct_records import pairs_of
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.training.metrics import MetricsLog, read_metrics
 
@@ -138,3 +139,22 @@ def test_another_vocabulary_is_refused(files, capsys):
     PaLM(num_tokens=31, dim=8, depth=1, heads=1, dim_head=4).save(files / "palm.pt")
     assert main(arguments(files)) == 2
     assert "num_tokens=31" in capsys.readouterr().err
+
+
+def test_dpo_learns_from_what_it_can_of_a_mixed_file(files, capsys):
+    ratings = [
+        {"prompt": "Say more: ", "completion": "mm", "rating": 3},
+        {"prompt": "x", "completion": "y", "vote": "up"},
+    ]
+    with (files / "one.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ratings))
+    assert main(arguments(files)) == 0
+    assert "2 records of other kinds are left out" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="2 of its records are of other kinds"):
+        assert len(pairs_of(files / "one.jsonl")) == 7
+    assert main(arguments(files, "--held-out", "0", run="whole")) == 0
+    assert "12 records to learn from, 0 held out" in capsys.readouterr().out
+    (files / "one.jsonl").write_text(json.dumps(ratings[0]), encoding="utf-8")
+    (files / "two.jsonl").write_text("", encoding="utf-8")
+    assert main(arguments(files, run="none")) == 2
+    assert "no record that --loss dpo learns from" in capsys.readouterr().err

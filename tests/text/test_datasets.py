@@ -1,5 +1,6 @@
 """Token windows, files of text."""
 
+import json
 from itertools import islice
 
 import numpy as np
@@ -93,3 +94,17 @@ def test_read_texts_names_the_file_and_the_byte(tmp_path):
         read_texts([tmp_path])
     with pytest.raises(TypeError, match=r"\[path\]"):
         read_texts(str(path))
+
+
+def test_read_prompts_takes_the_column_of_a_table(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}]
+    lines = [{"prompt": "Once upon"}, {"prompt": turns, "chosen": "a"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert read_prompts(path) == ["Once upon", "\n\nHuman: Hi\n\nAssistant:"]
+    (tmp_path / "prompts.csv").write_text("prompt,label\nTwo words,1\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.csv") == ["Two words"]
+    for line, reason in (('{"chosen": "a"}', "prompt: is missing"), ('{"prompt": 3}', "prompt: is missing"), ("{", "")):
+        path.write_text('{"prompt": "a"}\n' + line, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"prompts.jsonl, line 2: .*{reason}"):
+            read_prompts(path)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.training import ranks as module
-from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 
 
 class Pair:
@@ -68,3 +68,11 @@ def test_an_error_of_one_process_is_raised_on_both(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyError, match="mine"):  # its own error, with its type, comes first
         beside("OSError: disk full").raise_together(KeyError("mine"))
     assert told == [None, None, "KeyError: 'mine'"]
+
+
+def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert new_accelerator({"cpu": True}).num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r'3 processes were started .*accelerate_kwargs=\{"cpu": True\}'):
+        new_accelerator(None)
