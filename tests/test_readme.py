@@ -111,7 +111,7 @@ def test_resume_snippet_goes_on_where_it_was(tmp_path, monkeypatch):
     trainer = run(RESUMED, longer, **given)["trainer"]
     assert (trainer.episodes, trainer.updates) == (75, 3)
     assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {
-        "metrics.jsonl", "experience", "checkpoints",
+        "metrics.jsonl", "samples.jsonl", "experience", "checkpoints",
     }  # fmt: skip
 
 

@@ -239,7 +239,7 @@ def test_error_of_a_judge_passes_through_with_its_update(make_trainer):
     ("scores", "error", "message"),
     [
         (torch.tensor([0.0, 1.0, float("nan"), 0.0, float("inf")]), ValueError, r"2 of 5.*responses \[2, 4\]"),
-        (torch.zeros(5, 1), ValueError, r"must be \(5,\)"),
+        (torch.zeros(5, 1), ValueError, r"scores are \(5,\)"),
         ([0.0] * 5, TypeError, "list"),
     ],
 )
