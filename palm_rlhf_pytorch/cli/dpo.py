@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{len(train):,} records to learn from, {len(held_out):,} held out; {trainer.cuts}")
     begin = {"num_epochs": args.epochs, "resume": "auto" if resume else None}
     trainer.check_call(**begin)
-    before = trainer.evaluate()
+    before = trainer.evaluate() if held_out else {}
     try:
         trainer.train(**begin, preflight=not hasattr(args, "no_preflight"))
     except PreflightError as error:  # a list, which one line would make unreadable
@@ -156,11 +156,12 @@ def run(args: argparse.Namespace) -> int:
     if trainer.stopped is not None:
         say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
         return 0
-    after = trainer.evaluate()
+    after = trainer.evaluate() if held_out else {}
     improved = trainer.export_palm()
     if trainer.accelerator.is_main_process:
         improved.save(out)
-        say(changes(before, after))
+        if held_out:
+            say(changes(before, after))
         say(f"saved {out}, metrics in {args.run_dir / 'metrics.jsonl'}")
     return 0
 
