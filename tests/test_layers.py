@@ -9,8 +9,8 @@ NAME = "palm_rlhf_pytorch"
 PACKAGE = Path(__file__).parents[1] / NAME
 # optional extras may be imported where they are used
 EXTRAS = {"transformers", "tokenizers", "datasets", "huggingface_hub", "wandb", "tensorboard", "matplotlib", "django"}
-# so may what takes a second to import, and is for few
-LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh")
+# so may what takes long to import, and is for few or for later
+LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh", "beartype")
 # floor, room, files; a file imports from lower floors, and inside its own room from the files before it
 TREE = [
     (-1, "", "typecheck"),
