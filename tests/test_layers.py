@@ -27,8 +27,8 @@ TREE = [
     (
         1,
         "training",
-        "optimizer atomic tensor_file manifest folder tensor_stream checkpoint metrics ranks stopping "
-        "random_states saves plots supervised",
+        "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
+        "ranks stopping random_states saves plots supervised",
     ),
     (
         2,

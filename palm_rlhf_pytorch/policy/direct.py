@@ -32,6 +32,7 @@ from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 from palm_rlhf_pytorch.training.saves import Saves
 from palm_rlhf_pytorch.training.supervised import fit
@@ -71,6 +72,7 @@ class DirectTrainer:
         reference_path: str | Path | None,
         metrics_path: str | Path | None,
         accelerate_kwargs: Mapping[str, Any] | None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         """Check and place what was given.
 
@@ -88,11 +90,13 @@ class DirectTrainer:
             reference_path: where the reference's log-probabilities are kept; None for run_dir.
             metrics_path: a JSONL file that gets a line for each step; None for run_dir.
             accelerate_kwargs: passed to accelerate.Accelerator.
+            optimizer: makes one of parameter groups, in place of fused AdamW.
         """
         if seed < 0:
             raise ValueError(f"seed ({seed}) must be 0 or above")
         check_trackers((accelerate_kwargs or {}).get("log_with"))
         self.name, self.loss_name, self.settings, self.seed = name, loss_name, settings, seed
+        self.optimizer = optimizer
         self.encoder, self.examples, self.held_out = encoder, examples, held_out
         self.accelerator = new_accelerator(accelerate_kwargs)
         check_whole(self.accelerator)
@@ -164,7 +168,7 @@ class DirectTrainer:
             weight_decay=settings.weight_decay, warmup_steps=int(settings.warmup * steps.num_steps),
             max_norm=settings.max_norm, accelerator=self.accelerator, metrics=self.metrics, progress=use_tqdm,
             evaluate=None if self.held_out is None else self.evaluate, eval_every=settings.eval_every,
-            description=self.name, saves=saves,
+            description=self.name, saves=saves, optimizer=self.optimizer,
         )  # fmt: skip
         self.steps += steps.num_steps
         self.stopped = None if saves is None else saves.stopped

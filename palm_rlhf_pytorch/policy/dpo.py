@@ -20,6 +20,7 @@ from palm_rlhf_pytorch.policy.direct_model import Figures, Objective
 from palm_rlhf_pytorch.policy.direct_records import Source, pairs_of
 from palm_rlhf_pytorch.policy.direct_settings import described, settings_from
 from palm_rlhf_pytorch.policy.probe import Finding
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.typecheck import typecheck
 
 LARGE_FALL = 0.5  # nats a token
@@ -47,6 +48,7 @@ class DPOTrainer(DirectTrainer):
         reference_path: str | Path | None = None,
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
+        optimizer: OptimizerFactory | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training: all texts become ids; nothing goes through the model yet.
@@ -69,6 +71,8 @@ class DPOTrainer(DirectTrainer):
                 reference.safetensors in run_dir. A file of another model or other texts is replaced.
             metrics_path: a JSONL file that gets a line for each step; by default metrics.jsonl in run_dir.
             accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
+            optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
+                `training/optimizers.py` has `muon`.
             **settings: the fields of DirectSettings, where each is described.
 
         Raises:
@@ -84,7 +88,7 @@ class DPOTrainer(DirectTrainer):
             palm, pair_objective(loss), name="dpo", loss_name=described(loss), settings=chosen, encoder=encoder,
             examples=self.pairs, held_out=looked_at, seed=seed,
             run_dir=run_dir, reference_path=reference_path, metrics_path=metrics_path,
-            accelerate_kwargs=accelerate_kwargs,
+            accelerate_kwargs=accelerate_kwargs, optimizer=optimizer,
         )  # fmt: skip
         self._fall_told = False
 

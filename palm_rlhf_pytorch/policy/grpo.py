@@ -35,6 +35,7 @@ from palm_rlhf_pytorch.policy.targets import Source
 from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.reward.weighted import ScoreNormalizer
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -67,27 +68,35 @@ class GRPOTrainer(OnlineTrainer):
         accelerate_kwargs: Mapping[str, Any] | None = None,
         pretraining: Tensor | np.ndarray | None = None,
         watch: WatchSettings | None = None,
+        optimizer: OptimizerFactory | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
 
         Args:
-            palm: as in `RLHFTrainer`, as for all that is not described here.
-            reward_model: the judge.
-            prompt_token_ids: likewise.
-            prompt_mask: likewise.
-            prompt_lengths: likewise.
-            prompts: likewise.
-            prompts_path: likewise.
-            tokenizer: likewise.
-            pad_value: likewise.
-            held_out_judge: likewise.
-            seed: likewise.
-            run_dir: likewise.
-            metrics_path: likewise.
-            accelerate_kwargs: likewise.
-            pretraining: likewise.
-            watch: likewise.
+            palm: a causal PaLM, the reference and the start of the policy; its scopes are left out.
+            reward_model: a RewardModel, or any callable `(sequences, prompt_mask=, mask=) -> scores (b,)`; sequences
+                are ids (b, n) padded on the right, both masks are False on padding.
+            prompt_token_ids: prompts as ids, (m, p), or a list of 1-D tensors of unequal lengths.
+            prompt_mask: True on the real tokens of (m, p), padding on either side.
+            prompt_lengths: the same as lengths, padding on the right, (m,).
+            prompts: prompts as text, with `tokenizer`.
+            prompts_path: a UTF-8 file of prompts, one a line, with `tokenizer`.
+            tokenizer: any callable from text to ids, Hugging Face's included.
+            pad_value: id that pads the ends of `prompt_token_ids` where neither mask nor lengths are given; a token
+                of that id elsewhere stays. None: every id is a token.
+            held_out_judge: a second judge, whose scores are logged and never learnt from.
+            seed: of adapters, sampling, order and dropout; 0 or above.
+            run_dir: folder of the run: its metrics, its experience, and the checkpoints from which `train` resumes.
+                None keeps no checkpoints, and experience in a temporary folder.
+            metrics_path: a JSONL file that gets a line for each update; by default metrics.jsonl in run_dir.
+            accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
+            pretraining: token ids (n,), a tensor, array or memory map, of which random windows are read in each step
+                where `ptx_coef` asks for it.
+            watch: when to end the run and go back to the best policy, by the held-out judge or by signs that the judge
+                is being fooled (`policy/watch.py`); it needs a run_dir. None never does.
+            optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
+                `training/optimizers.py` has `muon`; betas and adam_eps are AdamW's alone.
             **settings: the fields of GroupSettings and of PolicySettings, where each is described; `objective` first.
 
         Raises:
@@ -103,6 +112,7 @@ class GRPOTrainer(OnlineTrainer):
             palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=False,
             loss=self._loss(chosen, max_length=1), prompts=sources, seed=seed, run_dir=run_dir,
             metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining, watch=watch,
+            optimizer=optimizer,
         )  # fmt: skip
         self.lesson = self._lesson
 

@@ -24,6 +24,7 @@ from palm_rlhf_pytorch.policy.direct_records import Source, votes_of
 from palm_rlhf_pytorch.policy.direct_settings import settings_from
 from palm_rlhf_pytorch.policy.probe import Finding
 from palm_rlhf_pytorch.tensors import split_rows
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.typecheck import typecheck
 
 BALANCED = (1.0, 4 / 3)  # up_weight n_up / (down_weight n_down), as the paper advises
@@ -50,6 +51,7 @@ class KTOTrainer(DirectTrainer):
         reference_path: str | Path | None = None,
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
+        optimizer: OptimizerFactory | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing goes through the model yet.
@@ -70,6 +72,8 @@ class KTOTrainer(DirectTrainer):
             reference_path: where the reference's log-probabilities are kept.
             metrics_path: a JSONL file that gets a line for each step.
             accelerate_kwargs: passed to accelerate.Accelerator.
+            optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
+                `training/optimizers.py` has `muon`.
             **settings: the fields of DirectSettings; a minibatch_size of 16 to 128 suits the baseline.
 
         Raises:
@@ -92,7 +96,7 @@ class KTOTrainer(DirectTrainer):
         super().__init__(
             palm, self._objective, name="kto", loss_name=f"kto_loss({told})", settings=chosen, encoder=encoder,
             examples=self.votes, held_out=looked_at, seed=seed, run_dir=run_dir, reference_path=reference_path,
-            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, optimizer=optimizer,
         )  # fmt: skip
         unbalanced = self.balance()
         if unbalanced.status == "warn" and self.accelerator.is_main_process:

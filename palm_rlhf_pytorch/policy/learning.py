@@ -4,13 +4,15 @@ Schulman et al., "Proximal Policy Optimization Algorithms", https://arxiv.org/ab
 is given. Knows nothing of prompts, judges or files.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from math import isfinite
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.objectives.group import Counts
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
@@ -20,7 +22,8 @@ from palm_rlhf_pytorch.policy.progress import Progress, accumulate
 from palm_rlhf_pytorch.policy.rollout import Rows, row_batches
 from palm_rlhf_pytorch.policy.sharding import Sharding, asks_for_sharding, gathering_gradients, whole_tensor
 from palm_rlhf_pytorch.policy.targets import Lesson, Targets
-from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups
+from palm_rlhf_pytorch.training.optimizer import parameter_groups
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory, new_optimizer
 from palm_rlhf_pytorch.training.ranks import Ranks
 
 WATCHED = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm")  # a step with one not finite is left out
@@ -42,6 +45,7 @@ class Learner:
         accelerator: Accelerator,
         *,
         loss: Loss,
+        optimizer: OptimizerFactory | None = None,
         pretraining: Pretraining | None = None,
         ptx_coef: float = 0.0,
         actor_lr: float,
@@ -64,15 +68,16 @@ class Learner:
         learnt = actor_critic if self.sharding is None else self.sharding.model
         self.actor, self.critic = learnt.actor_parameters(), learnt.critic_parameters()
         groups = parameter_groups(self.actor.items(), lr=actor_lr, weight_decay=actor_wd)
-        self.actor_groups = len(groups)  # they come first; the rest is the critic's
         if self.critic:
             groups += parameter_groups(self.critic.items(), lr=critic_lr, weight_decay=critic_wd)
-        optimizer = adamw(groups, lr=actor_lr, betas=betas, eps=adam_eps)
+        stepper = new_optimizer(optimizer, groups, lr=actor_lr, betas=betas, eps=adam_eps)
+        if not self._groups_of(self.actor, stepper) or (self.critic and not self._groups_of(self.critic, stepper)):
+            raise ValueError("optimizer mixes the policy's parameters with the critic's: keep groups as they are given")
         self.model: nn.Module = learnt
         if self.sharding is None:
-            self.model, self.optimizer = accelerator.prepare(learnt, optimizer)
+            self.model, self.optimizer = accelerator.prepare(learnt, stepper)
         else:  # wrapped already; `prepare` would tell the optimizer's tensors by their memory: empty shards have none
-            self.optimizer = accelerator.prepare_optimizer(optimizer)
+            self.optimizer = accelerator.prepare_optimizer(stepper)
         self.pretraining, self.ptx_coef = pretraining, ptx_coef
         self.random: Random | None = None
         self.loss, self.max_norm, self.epochs, self.minibatch_size = loss, max_norm, epochs, minibatch_size
@@ -139,6 +144,12 @@ class Learner:
             progress.epoch, progress.minibatch = epoch + 1, 0
         return self._summary(progress)
 
+    @staticmethod
+    def _groups_of(hat: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The optimizer's groups that hold the actor's parameters alone, or the critic's."""
+        chosen = {id(parameter) for parameter in hat.values()}
+        return [group for group in optimizer.param_groups if all(id(part) in chosen for part in group["params"])]
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Within the block nothing is sharded, for whatever is not learning; every process must enter it.
@@ -167,7 +178,7 @@ class Learner:
     @contextmanager
     def _warming_up(self, lesson: Lesson) -> Iterator[None]:
         """In an update in which the critic learns alone the policy's rates are 0: nor does weight decay move it."""
-        groups = self.optimizer.param_groups[: self.actor_groups] if lesson.version < self.critic_warmup else []
+        groups = self._groups_of(self.actor, self.optimizer) if lesson.version < self.critic_warmup else []
         rates = [group["lr"] for group in groups]
         try:
             for group in groups:
@@ -179,8 +190,8 @@ class Learner:
 
     def _summary(self, progress: Progress) -> dict[str, float]:
         """The diagnostics of an update."""
-        lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        metrics = {"policy/lr": lrs[0]} | ({"value/lr": lrs[self.actor_groups]} if self.critic else {})
+        hats = {"policy/lr": self.actor} | ({"value/lr": self.critic} if self.critic else {})
+        metrics = {name: float(self._groups_of(hat, self.optimizer)[0]["lr"]) for name, hat in hats.items()}
         metrics["policy/skipped_steps"] = float(progress.skipped)
         if self.max_approx_kl is not None:
             metrics["policy/ended_early"] = float(progress.ended)

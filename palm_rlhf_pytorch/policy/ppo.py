@@ -28,6 +28,7 @@ from palm_rlhf_pytorch.policy.settings import settings_from
 from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -59,6 +60,7 @@ class RLHFTrainer(OnlineTrainer):
         accelerate_kwargs: Mapping[str, Any] | None = None,
         pretraining: Tensor | np.ndarray | None = None,
         watch: WatchSettings | None = None,
+        optimizer: OptimizerFactory | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -85,6 +87,8 @@ class RLHFTrainer(OnlineTrainer):
                 where `ptx_coef` asks for it.
             watch: when to end the run and go back to the best policy, by the held-out judge or by signs that the judge
                 is being fooled (`policy/watch.py`); it needs a run_dir. None never does.
+            optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
+                `training/optimizers.py` has `muon`; betas and adam_eps are AdamW's alone.
             **settings: the fields of PPOSettings and of PolicySettings, where each is described.
 
         Raises:
@@ -100,6 +104,7 @@ class RLHFTrainer(OnlineTrainer):
             palm, reward_model, held_out_judge=held_out_judge, settings=chosen, critic=True,
             loss=PPOLoss(**chosen.loss_arguments()), prompts=sources, seed=seed, run_dir=run_dir,
             metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining, watch=watch,
+            optimizer=optimizer,
         )  # fmt: skip
         self.lesson = partial(
             Lesson, gamma=chosen.gamma, gae_lambda=chosen.gae_lambda, importance_cap=chosen.importance_cap

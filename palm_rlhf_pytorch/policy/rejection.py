@@ -35,6 +35,7 @@ from palm_rlhf_pytorch.policy.kept import Kept, KeptExamples, read_kept
 from palm_rlhf_pytorch.policy.prompts import prompts_from
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 from palm_rlhf_pytorch.training.saves import Saves, clear
 from palm_rlhf_pytorch.training.supervised import fit
@@ -67,6 +68,7 @@ class RejectionTrainer:
         seed: int = 0,
         run_dir: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
+        optimizer: OptimizerFactory | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -85,6 +87,7 @@ class RejectionTrainer:
             seed: of adapter, order and sampling; 0 or above.
             run_dir: folder of the run: metrics.jsonl, a line for each round, and a folder for each round.
             accelerate_kwargs: passed to accelerate.Accelerator.
+            optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW.
             **settings: the fields of DirectSettings.
 
         Raises:
@@ -105,6 +108,7 @@ class RejectionTrainer:
             prompts_path=prompts_path, tokenizer=tokenizer,
         )  # fmt: skip
         self.judge, self.seed, self.max_batch_size = reward_model, seed, max_batch_size
+        self.optimizer = optimizer
         self.num_samples, self.min_score = num_samples, min_score
         self.accelerator = new_accelerator(accelerate_kwargs)
         check_whole(self.accelerator)
@@ -278,7 +282,7 @@ class RejectionTrainer:
             self.policy, _batches(examples, steps), num_steps=steps.num_steps, accumulate=steps.accumulate,
             lr=settings.lr, weight_decay=settings.weight_decay, warmup_steps=int(settings.warmup * steps.num_steps),
             max_norm=settings.max_norm, accelerator=self.accelerator, metrics=log, progress=use_tqdm,
-            description=f"round {number}: learn", saves=saves,
+            description=f"round {number}: learn", saves=saves, optimizer=self.optimizer,
         )  # fmt: skip
         return found, None if saves is None else saves.stopped
 

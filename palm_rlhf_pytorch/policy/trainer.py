@@ -42,6 +42,7 @@ from palm_rlhf_pytorch.policy.watch import Watch, WatchSettings
 from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 from palm_rlhf_pytorch.typecheck import typecheck
 
@@ -74,6 +75,7 @@ class PolicyTrainer:
         accelerate_kwargs: Mapping[str, Any] | None,
         pretraining: Tensor | np.ndarray | None = None,
         watch: WatchSettings | None = None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         """Check and place what was given: arguments of `RLHFTrainer`, `prompts` being those of `prompts_from`.
 
@@ -106,8 +108,9 @@ class PolicyTrainer:
         if settings.starts_critic:
             start_critic(self.actor_critic, judge)
         self.learner = Learner(
-            self.actor_critic, self.accelerator, loss=loss, pretraining=self.pretraining, **settings.learner_arguments()
-        )
+            self.actor_critic, self.accelerator, loss=loss, optimizer=optimizer, pretraining=self.pretraining,
+            **settings.learner_arguments(),
+        )  # fmt: skip
         self.normalizer = ScoreNormalizer()
         self.doctor = Doctor(**settings.doctor_arguments())
         self.watch = None if watch is None else Watch(watch)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.palm.config import BEHAVIOUR
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -32,11 +33,12 @@ from palm_rlhf_pytorch.policy.trainer_record import COUNTERS, FlightRecord, Reco
 from palm_rlhf_pytorch.policy.watch import Watch
 from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
+from palm_rlhf_pytorch.training.optimizer_state import check_optimizer_state, given_state, kept_state
+from palm_rlhf_pytorch.training.optimizers import kind_of
 from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.tensor_file import check_state
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 FREE = (  # settings that a run may go on without: the bits may differ, the run is the same
     "actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing", "judge_timeout",
     "max_dropped", "max_skipped_steps", "keep_experience", "save_every", "save_every_steps", "save_rollouts",
@@ -82,7 +84,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     optimizer = {
         f"{moment}.{name}": whole_tensor(value)
         for name, parameter in parameters.items()
-        for moment, value in trainer.learner.optimizer.state.get(parameter, {}).items()
+        for moment, value in kept_state(trainer.learner.optimizer.state.get(parameter, {})).items()
     }
     flight = trainer.flight
     values = {
@@ -103,6 +105,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "judges": [judge.state() if isinstance(judge, JudgeSum) else None for judge in _judges(trainer)],
         "doctor": trainer.doctor.state(),
         "watch": None if trainer.watch is None else trainer.watch.state(),
+        "optimizer": kind_of(trainer.learner.optimizer),
         "learning_rates": [float(group["lr"]) for group in trainer.learner.optimizer.param_groups],
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "call": None if trainer.call is None else asdict(trainer.call),
@@ -127,7 +130,10 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     path, values = checkpoint.path, checkpoint.values
     parameters = _trained(trainer)
     moments = checkpoint.tensors.get("optimizer", {})
-    _check_tensors(path, parameters, checkpoint.tensors.get("model", {}), moments)
+    kind = kind_of(trainer.learner.optimizer)
+    if values.get("optimizer", "AdamW") != kind:
+        raise ValueError(f"{path} was trained with the optimizer {values.get('optimizer', 'AdamW')}, not {kind}")
+    _check_tensors(path, parameters, checkpoint.tensors.get("model", {}), moments, trainer.learner.optimizer)
     _check_same_function(path, values.get("palm", {}), trainer.actor_critic.palm.config)
     _check_same(path, values.get("settings", {}), trainer.settings.plain())
     if values["trunk"] != _trunk(trainer):
@@ -243,19 +249,18 @@ def _restored_flight(trainer: Trainer, kept: FlightRecord) -> Flight:
 
 
 def _check_tensors(
-    path: Path, parameters: dict[str, nn.Parameter], model: dict[str, Tensor], moments: dict[str, Tensor]
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    model: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    optimizer: Optimizer,
 ) -> None:
     """Names and shapes of weights and of the optimizer's state, which is empty before the first step."""
     check_state(parameters, model, path=path)
     if moments:
-        shapes = {
-            f"{moment}.{name}": torch.zeros(()) if moment == "step" else parameter
-            for name, parameter in parameters.items()
-            for moment in MOMENTS
-        }
-        check_state(shapes, moments, path=path)
+        check_optimizer_state(optimizer, parameters, moments, key=lambda name, moment: f"{moment}.{name}", path=path)
     for name, tensor in (model | moments).items():
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+        if not ((name in moments or tensor.is_floating_point()) and bool(tensor.isfinite().all())):
             raise ValueError(f"{path} holds numbers in {name} that are not finite: no trainer has written that")
 
 
@@ -265,12 +270,23 @@ def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     trained = _trained(trainer)
     names = {id(parameter): name for name, parameter in trained.items()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    kept = _by_parameter(tensors)
     state = {
-        index: {moment: spread_like(trained[name], tensors[f"{moment}.{name}"]) for moment in MOMENTS}
-        for index, name in enumerate(order if tensors else ())
+        index: given_state({moment: spread_like(trained[name], value) for moment, value in kept[name].items()})
+        for index, name in enumerate(order)
+        if name in kept
     }
     # by load_state_dict, which knows on which device each kind of AdamW keeps its step count
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _by_parameter(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors named "exp_avg.layers.0.weight" by the name of their parameter."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for whole, value in moments.items():
+        moment, _, name = whole.partition(".")
+        found.setdefault(name, {})[moment] = value
+    return found
 
 
 def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:

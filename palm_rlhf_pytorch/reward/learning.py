@@ -45,6 +45,7 @@ from palm_rlhf_pytorch.text.records import Label
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 from palm_rlhf_pytorch.training.manifest import read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import KIND, Saves
 from palm_rlhf_pytorch.training.supervised import fit
@@ -102,6 +103,7 @@ def train_reward_model(
     accelerator: Accelerator | None = None,
     progress: bool = True,
     description: str = "reward model",
+    optimizer: OptimizerFactory | None = None,
 ) -> RewardTraining:
     """Train a reward model on labels, keep the weights that did best on those held out, and normalise its scores.
 
@@ -135,6 +137,7 @@ def train_reward_model(
             out even, the first ones are learnt from once more.
         progress: show a bar on stderr.
         description: its label.
+        optimizer: makes one of parameter groups; None is AdamW.
 
     Raises:
         ValueError: if an argument is out of range, labels do not fit the head, or `fit` refuses or ends; if scores come
@@ -164,7 +167,7 @@ def train_reward_model(
         warmup_steps=course.num_steps // 10, accumulate=accumulate, accelerator=accelerator, metrics=metrics,
         evaluate=None if judged is None else lambda: evaluate(model, judged, ranks=ranks, **limits),
         eval_every=every, stop=None if judged is None else best, progress=progress, description=description,
-        parameters=trained, saves=saves,
+        parameters=trained, saves=saves, optimizer=optimizer,
     )  # fmt: skip
     if saves is not None and saves.stopped is not None:
         return RewardTraining(course.num_steps, best.step, found, train, judged, saves.stopped)

@@ -67,19 +67,30 @@ def parameter_groups(
         weight_decay: of the parameters with two dimensions or more.
 
     Returns:
-        One or two dicts with params, lr and weight_decay.
+        One or two dicts with params, param_names, lr and weight_decay.
 
     Raises:
         ValueError: if none requires a gradient, or a number is out of range.
     """
     _check_numbers(lr=lr, weight_decay=weight_decay)
-    unique = {id(parameter): parameter for _, parameter in named_parameters if parameter.requires_grad}
+    unique: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            unique.setdefault(id(parameter), (name, parameter))
     if not unique:
         raise ValueError("named_parameters hold nothing that requires a gradient; unfreeze what is to be trained")
-    decayed = [parameter for parameter in unique.values() if parameter.ndim >= 2]
-    plain = [parameter for parameter in unique.values() if parameter.ndim < 2]
-    groups = [(decayed, weight_decay), (plain, 0.0)]
-    return [{"params": members, "lr": lr, "weight_decay": decay} for members, decay in groups if members]
+    decayed = [named for named in unique.values() if named[1].ndim >= 2]
+    plain = [named for named in unique.values() if named[1].ndim < 2]
+    return [
+        {
+            "params": [parameter for _, parameter in members],
+            "param_names": [name for name, _ in members],
+            "lr": lr,
+            "weight_decay": decay,
+        }
+        for members, decay in ((decayed, weight_decay), (plain, 0.0))
+        if members
+    ]
 
 
 def scale_learning_rates(optimizer: Optimizer, factor: float) -> None:

@@ -19,6 +19,8 @@ from palm_rlhf_pytorch.training.checkpoint import Checkpoint, Checkpoints
 from palm_rlhf_pytorch.training.folder import HIDDEN, discard, together
 from palm_rlhf_pytorch.training.manifest import MANIFEST, CheckpointError, step_name, step_of
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizer_state import check_optimizer_state, given_state, is_adamw, kept_state
+from palm_rlhf_pytorch.training.optimizers import kind_of
 from palm_rlhf_pytorch.training.random_states import check_random_states, random_states, set_random_states
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.stopping import StopSignal
@@ -27,7 +29,6 @@ from palm_rlhf_pytorch.training.tensor_file import check_state
 KIND = "fit"
 GROUPS = ("model", "optimizer")
 WRITTEN = {MANIFEST, *(f"{group}.safetensors" for group in GROUPS)}  # the files of a checkpoint
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ABSENT = "not recorded"
 
@@ -73,7 +74,8 @@ class Keeper:
     ) -> None:
         chosen = {id(parameter) for parameter in trained}
         self.parameters = {name: weight for name, weight in model.named_parameters() if id(weight) in chosen}
-        self.saves, self.optimizer, self.plan, self.skips = saves, optimizer, plan, Skips()
+        self.saves, self.optimizer, self.skips = saves, optimizer, Skips()
+        self.plan = plan if is_adamw(optimizer) else {**plan, "optimizer": kind_of(optimizer)}
         self.metrics: dict[str, float] = {}  # of the step that was resumed from
         self.accelerator, self.ranks = accelerator, Ranks(accelerator)
         self.stop = StopSignal(self.ranks, enabled=saves is not None)
@@ -143,36 +145,29 @@ class Keeper:
             raise ValueError(f"{found.path} was written by a run over other data (saves.data: {before!r}, now {now!r})")
 
     def _check_tensors(self, found: Checkpoint, *, steps_taken: int) -> None:
-        """Names, shapes and dtypes: fused AdamW reads beyond a moment that is smaller than its parameter."""
+        """Names, shapes and dtypes."""
         model, moments = (found.tensors.get(group, {}) for group in GROUPS)
         check_state(self.parameters, model, path=found.path / "model.safetensors")
         scaled = self.accelerator is not None and self.accelerator.scaler is not None  # may leave out any step
-        if not moments and steps_taken and not scaled:
+        if not moments and steps_taken and not scaled and is_adamw(self.optimizer):
             raise CheckpointError(f"{found.path / 'optimizer.safetensors'} is empty after {steps_taken} steps")
         order = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        begun = {name.partition(".")[0] for name in moments}  # a parameter that got no gradient yet has none
-        expected = {
-            f"{number}.{moment}": torch.zeros(()) if moment == "step" else parameter
-            for number, parameter in enumerate(order)
-            for moment in MOMENTS
-            if str(number) in begun
-        }
-        check_state(expected, moments, path=found.path / "optimizer.safetensors")
-        for group, tensors in zip(GROUPS, (model, moments), strict=True):
-            for name, tensor in tensors.items():
-                if tensor.dtype not in FLOATS:
-                    file = found.path / f"{group}.safetensors"
-                    raise CheckpointError(f"{file} does not fit: {name} is {tensor.dtype}, expected a floating dtype")
+        kept = _by_parameter(moments)  # a parameter that got no gradient yet has nothing there
+        begun = {str(number): parameter for number, parameter in enumerate(order) if str(number) in kept}
+        file = found.path / "optimizer.safetensors"
+        check_optimizer_state(self.optimizer, begun, moments, key=lambda name, moment: f"{name}.{moment}", path=file)
+        for name, tensor in model.items():
+            if tensor.dtype not in FLOATS:
+                file = found.path / "model.safetensors"
+                raise CheckpointError(f"{file} does not fit: {name} is {tensor.dtype}, expected a floating dtype")
 
     def _take(self, found: Checkpoint) -> None:
         """Take over a checkpoint that was checked."""
         with torch.no_grad():
             for name, weight in self.parameters.items():
                 weight.copy_(found.tensors["model"][name])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in found.tensors.get("optimizer", {}).items():
-            number, moment = name.split(".")
-            moments.setdefault(int(number), {})[moment] = value
+        kept = _by_parameter(found.tensors.get("optimizer", {}))
+        moments = {int(number): given_state(state) for number, state in kept.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.skips, self.metrics = Skips(**found.values["skips"]), found.metrics
         set_random_states(found.values["random"][self.ranks.rank])
@@ -191,7 +186,9 @@ class Keeper:
     def _state(self) -> dict[str, Any]:
         assert self.saves is not None, "without saves nothing is kept"
         moments = self.optimizer.state_dict()["state"]
-        optimizer = {f"{number}.{name}": value for number, named in moments.items() for name, value in named.items()}
+        optimizer = {
+            f"{number}.{name}": value for number, state in moments.items() for name, value in kept_state(state).items()
+        }
         return {
             "values": {
                 "plan": self.plan,
@@ -227,6 +224,15 @@ def clear(checkpoints: Checkpoints) -> None:
             discard(path)
     with suppress(OSError):  # it is not empty
         folder.rmdir()
+
+
+def _by_parameter(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors named "3.exp_avg" by the number of their parameter."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        number, _, moment = name.partition(".")
+        found.setdefault(number, {})[moment] = value
+    return found
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.optimizer import adamw, parameter_groups, scale_learning_rates, warmup_cosine
+from palm_rlhf_pytorch.training.optimizer import parameter_groups, scale_learning_rates, warmup_cosine
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory, new_optimizer
 from palm_rlhf_pytorch.training.saves import Keeper, Saves, Skips
 from palm_rlhf_pytorch.typecheck import typecheck
 
@@ -43,8 +44,9 @@ def fit(
     description: str = "train",
     parameters: Iterable[nn.Parameter] | None = None,
     saves: Saves | None = None,
+    optimizer: OptimizerFactory | None = None,
 ) -> dict[str, float]:
-    """Train with AdamW on `loss = model(**batch)`, the learning rate warming up, then falling to 10 % along a cosine.
+    """Train on `loss = model(**batch)`, the learning rate warming up, then falling to 10 % along a cosine.
 
     A step takes `accumulate` batches and averages their losses, so four quarter batches (of equal size) do what the
     whole one does. In several processes each brings as many batches of its own, and gradients are averaged. Parameters
@@ -71,6 +73,8 @@ def fit(
         progress: show a bar on stderr (main process only).
         description: its label.
         parameters: what to train; None: all that require a gradient.
+        optimizer: makes one of parameter groups, each with its lr and weight_decay: `muon`, or
+            `lambda groups: SGD(groups, momentum=0.9)`; None is AdamW, fused.
         saves: where checkpoints go, and whether to go on from the newest: then `batches` must give what they gave
             before, and those that were learnt from are passed over. With it, SIGTERM and Ctrl-C end the call after the
             step in hand, saved.
@@ -96,8 +100,8 @@ def fit(
     plan |= {"weight_decay": weight_decay, "max_norm": max_norm}
     with (
         _training(model, parameters) as trained,
-        _prepared(model, trained, lr, weight_decay, accelerator) as (run, optimizer),
-        Keeper(saves, model, trained, optimizer, accelerator, plan) as keeper,
+        _prepared(model, trained, lr, weight_decay, accelerator, optimizer) as (run, stepper),
+        Keeper(saves, model, trained, stepper, accelerator, plan) as keeper,
         tqdm(total=num_steps, desc=description, unit="step", disable=not (progress and _is_main(accelerator))) as bar,
     ):
         done = keeper.resumed(source, metrics)
@@ -107,10 +111,10 @@ def fit(
         for step in range(done + 1, 0 if ended else num_steps + 1):
             started, place = time.perf_counter(), f"step {step} of {num_steps}"
             factor = warmup_cosine(step, num_steps, warmup_steps=warmup_steps)
-            scale_learning_rates(optimizer, factor)
+            scale_learning_rates(stepper, factor)
             loss, num_tokens = _add_gradients(run, source, accumulate, accelerator, place)
             grad_norm = _clip(trained, max_norm, accelerator)
-            _step(optimizer, keeper.skips, loss, grad_norm, accelerator, place, max_skipped_steps)
+            _step(stepper, keeper.skips, loss, grad_norm, accelerator, place, max_skipped_steps)
             line = {"train/loss": loss, "train/lr": lr * factor, "train/grad_norm": grad_norm}
             line["train/skipped_steps"] = float(keeper.skips.total)
             if num_tokens:
@@ -266,11 +270,17 @@ def _training(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> It
 
 @contextmanager
 def _prepared(
-    model: nn.Module, trained: list[nn.Parameter], lr: float, weight_decay: float, accelerator: Accelerator | None
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    accelerator: Accelerator | None,
+    factory: OptimizerFactory | None,
 ) -> Iterator[tuple[nn.Module, Optimizer]]:
     """The model to call and its optimizer; accelerate's wrapping is undone in the end, so that fit can run again."""
-    named = ((str(place), parameter) for place, parameter in enumerate(trained))
-    optimizer: Any = adamw(parameter_groups(named, lr=lr, weight_decay=weight_decay), lr=lr)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = ((names[id(parameter)], parameter) for parameter in trained)
+    optimizer: Any = new_optimizer(factory, parameter_groups(named, lr=lr, weight_decay=weight_decay), lr=lr)
     if accelerator is None:
         yield model, optimizer
         return
