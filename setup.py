@@ -30,8 +30,10 @@ setup(
             "mypy",
             "matplotlib",
             "transformers",
+            "shtab",
         ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
+        "completion": ["shtab"],  # palm-rlhf --print-completion
         "hf": ["transformers"],  # classifiers as judges
         "plot": ["matplotlib"],  # reliability plots
         "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}

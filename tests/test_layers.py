@@ -8,7 +8,17 @@ import pytest
 NAME = "palm_rlhf_pytorch"
 PACKAGE = Path(__file__).parents[1] / NAME
 # optional extras may be imported where they are used
-EXTRAS = {"transformers", "tokenizers", "datasets", "huggingface_hub", "wandb", "tensorboard", "matplotlib", "django"}
+EXTRAS = {
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "huggingface_hub",
+    "wandb",
+    "tensorboard",
+    "matplotlib",
+    "shtab",
+    "django",
+}
 # so may what takes long to import, and is for few or for later
 LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh", "beartype")
 # floor, room, files; a file imports from lower floors, and inside its own room from the files before it
@@ -54,8 +64,8 @@ TREE = [
     (
         5,
         "cli",
-        "device generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text demo_report demo_pairs "
-        "demo main",
+        "device config completion generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text demo_report "
+        "demo_pairs demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

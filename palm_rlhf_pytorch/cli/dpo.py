@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from palm_rlhf_pytorch.cli.config import CONFIG, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.reward import add_reading_arguments, read
 from palm_rlhf_pytorch.objectives.direct import (
@@ -147,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
     say(f"{len(train):,} records to learn from, {len(held_out):,} held out; {trainer.cuts}")
     begin = {"num_epochs": args.epochs, "resume": "auto" if resume else None}
     trainer.check_call(**begin)
+    if trainer.accelerator.is_main_process:
+        save_config(args, args.run_dir / CONFIG)
     before = trainer.evaluate() if held_out else {}
     try:
         trainer.train(**begin, preflight=not hasattr(args, "no_preflight"))

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from palm_rlhf_pytorch.cli import check, demo, dpo, evaluate, generate, grpo, plan, ppo, pretrain, reward
+from palm_rlhf_pytorch.cli.completion import add_completion_argument
+from palm_rlhf_pytorch.cli.config import ConfigError, add_config_argument, take_config
 
 COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, evaluate)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -22,7 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 2 a mistake in the input, 130 interrupted.
     """
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    try:
+        _take_config(parser, argv)
+        args = parser.parse_args(argv)
+    except (ConfigError, OSError) as error:
+        print(f"palm-rlhf {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
@@ -39,7 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        add_config_argument(subparser)
+    add_completion_argument(parser)
     return parser
+
+
+def _take_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Read the file that `--config` names among a command's arguments into the defaults of that command."""
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    if argv and argv[0] in commands.choices:
+        take_config(commands.choices[argv[0]], argv[1:], command=argv[0])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.cli.config import config_beside, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable, sample_texts
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     train, held_out = held_out_tails(texts, args.held_out)
     stream = TokenStream(train, length=args.length, batch_size=args.batch_size, seed=args.seed)
     metrics, saves = _files_beside(args, stream)
+    save_config(args, config_beside(args.out))
     palm = _new_palm(args).to(device)
     num_parameters = sum(parameter.numel() for parameter in palm.parameters())
     print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {num_parameters:,} parameters on {device}")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
+from palm_rlhf_pytorch.cli.config import config_beside, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.pretrain import metrics_path
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -169,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
     with Ranks(accelerator).together():  # all look before one of them writes
         folders = _folders(args)
     labels = read(args)
+    if accelerator.is_main_process:
+        save_config(args, config_beside(args.out))
     say(labels.summary())
     train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
     weights = annotator_weights(train) if args.weigh_annotators else None

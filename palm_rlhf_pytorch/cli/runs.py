@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.cli.config import CONFIG, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
@@ -175,6 +176,8 @@ def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) ->
         ValueError: if training had to stop: scores or gradients were not finite.
     """
     out, say = args.run_dir / IMPROVED, trainer.accelerator.print
+    if trainer.accelerator.is_main_process:
+        save_config(args, args.run_dir / CONFIG)
     try:
         trainer.train(
             args.episodes, update_timesteps=args.update_timesteps, resume="auto" if hasattr(args, "resume") else None,
