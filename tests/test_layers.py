@@ -18,6 +18,7 @@ EXTRAS = {
     "matplotlib",
     "shtab",
     "django",
+    "jinja2",
 }
 # so may what takes long to import, and is for few or for later
 LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh", "beartype")
@@ -32,7 +33,7 @@ TREE = [
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
-    (1, "text", "tokenizer dialogues records columns rows datasets pydocs"),
+    (1, "text", "tokenizer streaming dialogues hf_tokenizer chats records columns rows datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient group preference direct"),
     (
         1,
@@ -40,6 +41,7 @@ TREE = [
         "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
         "ranks stopping random_states saves plots supervised",
     ),
+    (1.5, "text", "tokenizer_files"),
     (
         2,
         "palm",

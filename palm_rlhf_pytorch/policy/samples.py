@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from palm_rlhf_pytorch.policy.records import Decoder
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
 from palm_rlhf_pytorch.policy.targets import Source
+from palm_rlhf_pytorch.text.tokenizer import Decoder
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
 
