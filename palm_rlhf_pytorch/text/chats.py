@@ -98,6 +98,14 @@ class ChatTokenizer:
             raise TypeError(f"a prompt must be a str, not {type(text).__name__}: one at a time")
         return chat_prompt(turns_of_text(text, field="prompt"), self.tokenizer)
 
+    def responses(self, text: str) -> Tensor:
+        """Ids (n,) of what the assistant says to such a prompt, without the token that ends it.
+
+        Text of the plain template begins with the space behind its mark; a template of another kind has none there.
+        """
+        said = text.removeprefix(" ")
+        return self.tokenizer.encode(said if _template_of(self.tokenizer) is not None else f" {said}")
+
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Text of ids (n,), without special tokens."""
         return self.tokenizer.decode(ids)

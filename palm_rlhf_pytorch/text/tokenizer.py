@@ -188,6 +188,11 @@ def encode_with(tokenizer: object, texts: Sequence[str]) -> list[Tensor]:
     return rows
 
 
+def response_tokenizer(tokenizer: object) -> object:
+    """What makes ids of responses, as `encode_with` takes it: the tokenizer's own `responses`, or itself."""
+    return getattr(tokenizer, "responses", tokenizer)
+
+
 def row_of_ids(ids: Any) -> Tensor:
     """Long tensor (n,) of one row of ids, which may be empty.
 

@@ -4,6 +4,7 @@ A folder's tokenizer is `tokenizer.json` and `tokenizer_config.json`, as transfo
 tokenizer leaves a marker in place of a vocabulary, so that "bytes" is told from "nobody knows".
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ def tokenizer_path(checkpoint_path: str | Path) -> Path:
     """Where the tokenizer of a checkpoint is saved: palm.tokenizer.json beside palm.pt, tokenizer.json in a folder."""
     path = Path(checkpoint_path)
     return path / FILE if path.is_dir() else path.with_name(f"{path.stem}.{FILE}")
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what decides ids: equal for tokenizers that give every text the same ids.
+
+    Raises:
+        TypeError: if it is neither a ByteTokenizer nor an HFTokenizer.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        known = BYTES
+    elif isinstance(tokenizer, HFTokenizer):
+        ids = [tokenizer.bos_token, tokenizer.eos_token]
+        known = json.dumps([json.loads(tokenizer.to_json()), ids], sort_keys=True)
+    else:
+        raise TypeError(f"tokenizer ({type(tokenizer).__name__}) must be a ByteTokenizer or an HFTokenizer")
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def check_fits(tokenizer: Tokenizer, num_tokens: int, *, tokenizer_name: str, model_name: str) -> None:
