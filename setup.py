@@ -34,7 +34,7 @@ setup(
         ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "completion": ["shtab"],  # palm-rlhf --print-completion
-        "hf": ["transformers"],  # classifiers as judges
+        "hf": ["transformers", "tokenizers", "datasets"],  # tokenizers, chat templates, classifiers as judges, data
         "plot": ["matplotlib"],  # reliability plots
         "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}
         "tensorboard": ["tensorboard"],  # accelerate_kwargs={"log_with": "tensorboard", "project_dir": ...}

@@ -23,7 +23,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer from what a user may name.
 
     Args:
-        name_or_path: "bytes"; a file, as `save_tokenizer` or `tokenizers` writes it; a folder with a tokenizer.json;
+        name_or_path: "bytes"; a file, as `save_tokenizer` or `tokenizers` writes it; a folder with a tokenizer.json,
+            whose tokenizer_config.json says what is special (a file of that name is read like its folder);
             or a name on the Hugging Face Hub, such as "EleutherAI/gpt-neox-20b".
 
     Raises:
@@ -35,7 +36,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
-        return _from_file(path)
+        return _from_folder(path.parent) if path.name == FILE else _from_file(path)
     if str(name_or_path) == BYTES:
         return ByteTokenizer()
     name = str(name_or_path)
@@ -103,7 +104,7 @@ def tokenizer_of(checkpoint_path: str | Path, *, num_tokens: int) -> Tokenizer:
             f"{checkpoint_path} has num_tokens={num_tokens}, not the byte tokenizer's {ByteTokenizer.num_tokens}, and"
             f" no tokenizer was saved with it ({path.name}): name it, --tokenizer NAME_OR_PATH"
         )
-    tokenizer = load_tokenizer(path.parent if path.name == FILE else path)
+    tokenizer = load_tokenizer(path)
     check_fits(tokenizer, num_tokens, tokenizer_name=str(path), model_name=str(checkpoint_path))
     return tokenizer
 
@@ -124,7 +125,9 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
         known = BYTES
     elif isinstance(tokenizer, HFTokenizer):
         ids = [tokenizer.bos_token, tokenizer.eos_token]
-        known = json.dumps([json.loads(tokenizer.to_json()), ids], sort_keys=True)
+        parts = json.loads(tokenizer.to_json())
+        del parts["post_processor"]  # adds the special tokens that are not asked for here; transformers rewrites it
+        known = json.dumps([parts, ids], sort_keys=True)
     else:
         raise TypeError(f"tokenizer ({type(tokenizer).__name__}) must be a ByteTokenizer or an HFTokenizer")
     return hashlib.sha256(known.encode()).hexdigest()
