@@ -6,7 +6,7 @@ Any other writes the plain template of dialogues.py, with eos_token behind each 
     "\n\nHuman: hi"  "\n\nAssistant:" | " hello" EOS | "\n\nHuman: ..."  "\n\nAssistant:"
 
 What the assistant says is encoded apart from what stands around it, as when a model writes it. So the ids of a prompt
-begin those of every example that goes on from it.
+begin those of every example that goes on from it, unless a template rewrites earlier turns.
 """
 
 import re
@@ -21,6 +21,11 @@ from palm_rlhf_pytorch.text.hf_tokenizer import HINT, HFTokenizer
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 
 _PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning: one that no turn holds marks a place
+_REWRITTEN = "is written differently by chat_template once other turns follow it: train on dialogues of one answer"
+
+
+class RewrittenTurns(FieldError):
+    """A chat template writes a turn of the assistant differently once others follow it."""
 
 
 def chat_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> Tensor:
@@ -37,7 +42,13 @@ def chat_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> Tensor:
     if not turns:
         raise ValueError("turns is empty: a prompt takes at least the user's turn")
     render_prompt(turns, field="turns")  # refuses what is no prompt
-    return torch.cat([piece.ids for piece in _pieces(turns, tokenizer)])
+    try:
+        return torch.cat([piece.ids for piece in _pieces(turns, tokenizer)])
+    except RewrittenTurns:  # some templates leave out of earlier turns what the assistant thought
+        assert isinstance(tokenizer, HFTokenizer)
+        guard = _guard(turns)
+        shown = [turn._replace(content=_guarded(turn.content, tokenizer, guard)) for turn in turns]
+        return _encoded(_render(shown, tokenizer, asks=True), tokenizer, guard)
 
 
 def chat_example(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -145,14 +156,14 @@ def _template_pieces(turns: Sequence[Turn], tokenizer: HFTokenizer) -> list[_Pie
         before = _render(shown[:place], tokenizer, asks=True)
         after = _render(shown[: place + 1], tokenizer, asks=False)
         if not before.startswith(done) or not after.startswith(before):
-            raise FieldError(f"turns[{place}]", "is written differently by chat_template once other turns follow it")
+            raise RewrittenTurns(f"turns[{place}]", _REWRITTEN)
         said = _encoded(after[len(before) :], tokenizer, guard)
         pieces += [_Piece(_encoded(before[len(done) :], tokenizer, guard), 0), _Piece(said, _answered(said, tokenizer))]
         done = after
     if turns[-1].role != "assistant":
         whole = _render(shown, tokenizer, asks=True)
         if not whole.startswith(done):
-            raise FieldError(f"turns[{places[-1]}]", "is written differently by chat_template once others follow it")
+            raise RewrittenTurns(f"turns[{places[-1]}]", _REWRITTEN)
         pieces.append(_Piece(_encoded(whole[len(done) :], tokenizer, guard), 0))
     return pieces
 

@@ -76,6 +76,16 @@ def test_prompts_as_text_become_chats_and_responses_have_no_space_of_another_tem
     assert both == ids[: len(both)].tolist()
 
 
+def test_a_prompt_by_a_template_that_rewrites_earlier_answers_is_what_it_writes():
+    forgetful = chatml(CHATML.replace("message.content", "(message.content if loop.last else 'x')"))
+    ids = chat_prompt(TURNS[:4], forgetful)
+    assert written(forgetful, ids).replace("<|im_start|>", "").replace("<|im_end|>", "") == (
+        "system\nx\nuser\nx\nassistant\nx\nuser\né\nassistant\n"
+    )
+    with pytest.raises(ValueError, match="written differently"):
+        chat_example(TURNS, forgetful)
+
+
 def test_what_is_no_prompt_or_example_is_refused():
     for tokenizer in (BYTES, chatml()):
         with pytest.raises(ValueError, match="ends with the user's turn"):
@@ -86,7 +96,7 @@ def test_what_is_no_prompt_or_example_is_refused():
             chat_prompt([], tokenizer)
     with pytest.raises(ValueError, match=r"user: no systems here"):
         chat_example(TURNS, chatml("{{ raise_exception('no systems here') }}"))
-    with pytest.raises(ValueError, match=r"turns\[2\] is written differently"):
+    with pytest.raises(ValueError, match=r"turns\[2\].*is written differently"):
         chat_example(TURNS, chatml("{{ messages | length }}" + CHATML))
     with pytest.raises(ValueError, match="unsafe"):
         chat_prompt(TURNS[:2], chatml("{{ messages.__class__.__mro__ }}"))
