@@ -24,7 +24,7 @@ _PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning: one that no tu
 _REWRITTEN = "is written differently by chat_template once other turns follow it: train on dialogues of one answer"
 
 
-class RewrittenTurns(FieldError):
+class RewrittenTurnsError(FieldError):
     """A chat template writes a turn of the assistant differently once others follow it."""
 
 
@@ -44,7 +44,7 @@ def chat_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> Tensor:
     render_prompt(turns, field="turns")  # refuses what is no prompt
     try:
         return torch.cat([piece.ids for piece in _pieces(turns, tokenizer)])
-    except RewrittenTurns:  # some templates leave out of earlier turns what the assistant thought
+    except RewrittenTurnsError:  # some templates leave out of earlier turns what the assistant thought
         assert isinstance(tokenizer, HFTokenizer)
         guard = _guard(turns)
         shown = [turn._replace(content=_guarded(turn.content, tokenizer, guard)) for turn in turns]
@@ -156,14 +156,14 @@ def _template_pieces(turns: Sequence[Turn], tokenizer: HFTokenizer) -> list[_Pie
         before = _render(shown[:place], tokenizer, asks=True)
         after = _render(shown[: place + 1], tokenizer, asks=False)
         if not before.startswith(done) or not after.startswith(before):
-            raise RewrittenTurns(f"turns[{place}]", _REWRITTEN)
+            raise RewrittenTurnsError(f"turns[{place}]", _REWRITTEN)
         said = _encoded(after[len(before) :], tokenizer, guard)
         pieces += [_Piece(_encoded(before[len(done) :], tokenizer, guard), 0), _Piece(said, _answered(said, tokenizer))]
         done = after
     if turns[-1].role != "assistant":
         whole = _render(shown, tokenizer, asks=True)
         if not whole.startswith(done):
-            raise RewrittenTurns(f"turns[{places[-1]}]", _REWRITTEN)
+            raise RewrittenTurnsError(f"turns[{places[-1]}]", _REWRITTEN)
         pieces.append(_Piece(_encoded(whole[len(done) :], tokenizer, guard), 0))
     return pieces
 

@@ -5,6 +5,7 @@ tidied away, and a text that spells a special token stays text. Needs the extra 
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ class HFTokenizer:
         Raises:
             TypeError: if the tokenizer is neither; those of transformers that are not fast are not.
             ValueError: if a token is not in the vocabulary.
+
+        Warns:
+            UserWarning: if it is a byte-level tokenizer that does not have all bytes, and so loses characters.
         """
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "encode_special_tokens"):
@@ -60,6 +64,7 @@ class HFTokenizer:
                 f"tokenizer ({type(tokenizer).__name__}) must be a tokenizers.Tokenizer or a fast tokenizer of"
                 " transformers (use_fast=True)"
             )
+        _warn_of_lost_bytes(backend)
         self._plain, self._marked = _copied(backend, specials=False), _copied(backend, specials=True)
         specials = _specials(backend)
         self.special_tokens, self.special_ids = frozenset(specials), frozenset(specials.values())
@@ -215,6 +220,25 @@ def _copied(backend: Any, *, specials: bool) -> Any:
     found.no_padding()
     found.encode_special_tokens = not specials  # this flag is what tokenizers does not copy or save
     return found
+
+
+def _warn_of_lost_bytes(backend: Any) -> None:
+    """Warn of a byte-level BPE trained without its whole alphabet: tokenizers leaves out what it does not know."""
+    if type(backend.decoder).__name__ != "ByteLevel" or getattr(backend.model, "unk_token", None) is not None:
+        return
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    leads = [*range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)]  # with those below, all bytes of UTF-8
+    every = "".join(map(chr, [*range(0x800), *leads]))
+    symbols = set("".join(part for part, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(every)))
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    missing = sum(symbol not in vocabulary for symbol in symbols)
+    if missing:
+        warnings.warn(
+            f"the tokenizer lacks {missing} of the {len(symbols)} bytes of UTF-8: characters with them vanish from"
+            " texts; train it with initial_alphabet=ByteLevel.alphabet()",
+            stacklevel=3,
+        )
 
 
 def _specials(backend: Any) -> dict[str, int]:

@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from palm_rlhf_pytorch.text.hf_tokenizer import HFTokenizer
@@ -104,6 +105,26 @@ def test_threads_may_share_one():
 def test_encode_with_takes_it():
     tokenizer = HFTokenizer(tiny_bpe())
     assert [ids.tolist() for ids in encode_with(tokenizer, TEXTS)] == [tokenizer.encode(t).tolist() for t in TEXTS]
+
+
+def test_a_tokenizer_that_loses_characters_is_warned_of():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.train_from_iterator(["abc"], trainers.BpeTrainer(show_progress=False))
+    with pytest.warns(UserWarning, match="lacks 240 of the 243 bytes"):
+        tokenizer = HFTokenizer(backend)
+    assert tokenizer.decode(tokenizer.encode("aéb")) == "ab"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HFTokenizer(tiny_bpe())
+
+
+def test_added_tokens_that_are_not_special_are_found_in_text():
+    backend = tiny_bpe()
+    backend.add_tokens([AddedToken("    ", normalized=False)])  # runs of spaces, as in GPT-NeoX's
+    tokenizer = HFTokenizer(backend)
+    assert tokenizer.num_tokens == 276 and tokenizer.encode("a    b").tolist()[1] == 275
+    assert tokenizer.decode(tokenizer.encode("a    b")) == "a    b"
 
 
 def test_mistakes_are_named():
