@@ -33,7 +33,7 @@ TREE = [
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
-    (1, "text", "tokenizer streaming dialogues hf_tokenizer chats records columns rows datasets pydocs"),
+    (1, "text", "tokenizer streaming stops dialogues hf_tokenizer chats records columns rows datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient group preference direct"),
     (
         1,
@@ -45,7 +45,8 @@ TREE = [
     (
         2,
         "palm",
-        "inputs sampling responses graphs generation pretrained config scopes copying block decoding transformer",
+        "inputs sampling responses graphs generation pretrained config scopes text_generation copying block decoding "
+        "transformer",
     ),
     (
         3,
