@@ -99,8 +99,9 @@ def generate_text(
             tokenizer has more ids than the model, the model is not causal, a setting names no distribution, a stop
             string is empty, or the logits are not finite.
     """
-    alone = isinstance(prompt, str | Tensor)
-    prompts: Sequence[Any] = [prompt] if alone else prompt
+    if not isinstance(prompt, str | Tensor | Sequence):
+        raise TypeError(f"prompt is of type {type(prompt).__name__}; give text, ids (n,), or a list of them")
+    prompts: Sequence[str | Tensor] = [prompt] if isinstance(prompt, str | Tensor) else prompt
     if not prompts:
         return []
     request = _ask(
@@ -111,7 +112,7 @@ def generate_text(
     # without stop strings nothing is asked of the text before its end
     every = CHECKS["cpu" if self.device.type == "cpu" else "cuda"][0] if request.stops else None
     texts = ["".join(parts) for parts in zip(*_pieces(self, request, every=every), strict=True)]
-    return texts[0] if alone and num_samples is None else texts
+    return texts[0] if prompts is not prompt and num_samples is None else texts
 
 
 def stream(
@@ -130,7 +131,7 @@ def stream(
         An iterator over non-empty pieces of the continuation.
     """
     if not isinstance(prompt, str | Tensor):
-        raise TypeError(f"stream continues one text, not a {type(prompt).__name__}; generate_text takes several")
+        raise TypeError(f"stream continues one text, not {type(prompt).__name__}; generate_text takes several")
     request = _ask(
         self, [prompt], tokenizer=tokenizer, num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, stop=stop, eos_token=eos_token, generator=generator, finetune_scope=finetune_scope,
@@ -236,7 +237,7 @@ def _encoded(model: TextModel, tokenizer: Tokenizer, prompt: object, index: int)
     elif isinstance(prompt, Tensor):
         ids = prompt
     else:
-        raise TypeError(f"prompt {index} is a {type(prompt).__name__}; give text, or a tensor of ids (n,)")
+        raise TypeError(f"prompt {index} is of type {type(prompt).__name__}; give text, or a tensor of ids (n,)")
     if ids.dim() != 1:
         raise ValueError(f"prompt {index} has shape {tuple(ids.shape)}; the ids of one text are (n,)")
     if len(ids) == 0:

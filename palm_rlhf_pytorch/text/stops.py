@@ -51,7 +51,7 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for index, given in enumerate(stops):
         if not isinstance(given, str):
-            raise TypeError(f"stop[{index}] is a {type(given).__name__}; give text, such as '\\n'")
+            raise TypeError(f"stop[{index}] is of type {type(given).__name__}; give text, such as '\\n'")
         if not given:
             raise ValueError(f"stop[{index}] is empty, which every text holds; give at least one character")
     return stops
