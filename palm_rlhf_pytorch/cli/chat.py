@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -73,53 +73,49 @@ def run(args: argparse.Namespace) -> int:
     session = RawText(voice) if args.raw else Chat(voice, system=args.system)
     interactive = sys.stdin.isatty()
     read = _ask if interactive else _next_line
-    Terminal(session, read=read, out=sys.stdout, notes=sys.stdout if interactive else sys.stderr).talk(
-        interactive=interactive, empty_lines=args.raw and interactive
-    )
+    Terminal(session, read=read, interactive=interactive, empty_lines=args.raw and interactive).talk()
     return 0
 
 
 class Terminal:
     """Reads lines, shows answers as they come, and obeys commands."""
 
-    def __init__(self, session: Session, *, read: Callable[[], str], out: TextIO, notes: TextIO) -> None:
+    def __init__(
+        self, session: Session, *, read: Callable[[], str], interactive: bool, empty_lines: bool = False
+    ) -> None:
         """Begin.
 
         Args:
             session: the talk.
             read: gives the next line without its end, and raises EOFError after the last.
-            out: gets the answers.
-            notes: gets what is told about them.
-        """
-        self.session, self.read, self.out, self.notes, self.book = session, read, out, notes, Book()
-        self.told = False  # that the talk has outgrown the context
-
-    def talk(self, *, interactive: bool, empty_lines: bool = False) -> None:
-        """Go on until the lines end, or one says so.
-
-        Args:
-            interactive: someone is there: Ctrl-C and mistakes end an answer, not the talk.
+            interactive: someone is there: Ctrl-C and mistakes end an answer, not the talk, and notes go where answers
+                go; else they go to stderr.
             empty_lines: they are messages too.
         """
-        if interactive:
+        self.session, self.read, self.interactive, self.empty_lines = session, read, interactive, empty_lines
+        self.book, self.told = Book(), False  # told: that the talk has outgrown the context
+
+    def talk(self) -> None:
+        """Go on until the lines end, or one says so."""
+        if self.interactive:
             self.note(WELCOME)
         while True:
             try:
                 line = self.read()
                 if line.strip() == "/exit":
                     return
-                if line.strip() or empty_lines:
+                if line.strip() or self.empty_lines:
                     self.obey(line)
             except EOFError:
-                if interactive:
-                    self.note("")
+                if self.interactive:
+                    self.note("")  # the shell's prompt gets a line of its own
                 return
             except KeyboardInterrupt:
-                if not interactive:
+                if not self.interactive:
                     raise
                 self.note("\n(/exit or Ctrl-D leaves)")
             except (ValueError, OSError) as error:
-                if not interactive:
+                if not self.interactive:
                     raise
                 self.note(f"error: {error}")
 
@@ -153,7 +149,7 @@ class Terminal:
                     self.write(printable(piece))
                     said = True
             except KeyboardInterrupt:
-                if self.notes is not self.out:  # nobody is there to go on
+                if not self.interactive:
                     raise
                 stopped = True
         self.write("\n" if said else "")
@@ -178,20 +174,19 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Show part of an answer at once."""
-        self.out.write(encodable(text, self.out))
-        self.out.flush()
+        sys.stdout.write(encodable(text, sys.stdout))
+        sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Tell something that is no answer."""
-        print(encodable(text, self.notes), file=self.notes, flush=True)
+        out = sys.stdout if self.interactive else sys.stderr
+        print(encodable(text, out), file=out, flush=True)
 
 
 def _ask() -> str:
     """A line from someone at a terminal, who can go back to earlier ones where Python has readline."""
-    try:
-        import readline  # noqa: F401 - input() uses it once it is there; not on Windows
-    except ImportError:
-        pass
+    with suppress(ImportError):  # there is none on Windows
+        import_module("readline")  # input() uses it once it is there; it speaks to the terminal, so not before
     return input(PROMPT)
 
 

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.chats import chat_prompt, end_token, stop_strings
 from palm_rlhf_pytorch.text.dialogues import Turn
+from palm_rlhf_pytorch.text.stops import check_stops
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.atomic import replacing
 
@@ -25,7 +27,7 @@ class Voice:
 
     def __init__(
         self, palm: PaLM, tokenizer: Tokenizer, *, context: int, max_new_tokens: int, generator: torch.Generator,
-        stop: Sequence[str] = (), **sampling: Any,
+        stop: Sequence[str] = (), temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     ) -> None:  # fmt: skip
         """Check the sizes.
 
@@ -36,15 +38,20 @@ class Voice:
             max_new_tokens: tokens of an answer at most.
             generator: random state, on the model's device.
             stop: strings that end an answer, besides the template's own.
-            sampling: temperature, top_k, top_p of `PaLM.stream`.
+            temperature: 0 is greedy.
+            top_k: draw among the k most likely tokens.
+            top_p: draw among the most likely tokens of this mass.
 
         Raises:
-            ValueError: if context is below 2, or max_new_tokens below 1.
+            ValueError: if context is below 2, max_new_tokens below 1, or a setting names no distribution.
         """
         if context < 2:
             raise ValueError(f"--context {context}: must be at least 2 tokens, one to read and one to write")
         if max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_sampling(**sampling)
+        check_stops(stop)
         self.palm, self.tokenizer, self.generator = palm, tokenizer, generator
         self.context = int(min(context, palm.max_length))
         self.max_new_tokens, self.stop, self.sampling = max_new_tokens, tuple(stop), sampling
