@@ -37,7 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_argument(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    parser.add_argument("--system", metavar="STRING", help="what the model is told before all else")
     parser.add_argument(
         "--raw", action="store_true",
         help="for a model that is no chat model: continue each message as text, and on an empty line go on with it",

@@ -64,7 +64,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: floa
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the most likely tokens of this mass")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT",
+        "--stop", action="append", default=[], metavar="STRING",
         help=r"end before this text, which is not printed; \n is a line end, \\ a backslash; may be given again",
     )  # fmt: skip
 

@@ -4,4 +4,7 @@ from tests.benchmarks import decode, experience, imports, logprobs, memory, ppo,
 from tests.benchmarks.harness import main
 
 if __name__ == "__main__":
-    main([module.cases for module in (decode, train, logprobs, ppo, memory, experience, imports)], description=__doc__ or "")
+    main(
+        [module.cases for module in (decode, train, logprobs, ppo, memory, experience, imports)],
+        description=__doc__ or "",
+    )

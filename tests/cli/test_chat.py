@@ -199,6 +199,12 @@ def test_chat_refuses_bad_options_before_it_begins(checkpoint, monkeypatch, caps
     assert message in capsys.readouterr().err
 
 
+def test_generate_asks_as_a_chat(checkpoint, capsys):
+    options = ["--chat", "--temperature", "0", "--max-new-tokens", "4", "--device", "cpu"]
+    assert main(["generate", checkpoint, "Hi", *options]) == 0
+    assert capsys.readouterr().out == "Hi::::\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_at_a_terminal_answers_stream_and_ctrl_c_stops_them(checkpoint):
     ours, theirs = os.openpty()
