@@ -10,7 +10,9 @@ from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.attention import KVCache
 from palm_rlhf_pytorch.palm.scopes import Scopes
 from palm_rlhf_pytorch.palm.text_generation import generate_text, stream
+from palm_rlhf_pytorch.text.hf_tokenizer import HFTokenizer
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from tests.text.tiny_bpe import tiny_bpe
 
 BYTES = ByteTokenizer()
 EOS = BYTES.eos_token
@@ -99,15 +101,18 @@ def test_rows_leave_the_batch_at_their_stop_string():
 
 
 @pytest.mark.parametrize("stop", [(), ("e", "\n", "\x00")])
-def test_streams_and_texts_are_what_generate_draws(palm, stop):
-    ids = BYTES.encode("Hé")
+@pytest.mark.parametrize("tokenizer", [BYTES, HFTokenizer(tiny_bpe())], ids=["bytes", "bpe"])
+def test_streams_and_texts_are_what_generate_draws(palm, make_palm, stop, tokenizer):
+    model = palm if tokenizer is BYTES else make_palm(num_tokens=300)  # of more ids than the tokenizer's
+    prompt, eos = "Hé 🙂", tokenizer.eos_token
+    ids = tokenizer.encode(prompt)
     for seed in range(6):
-        drawn = palm.generate(len(ids) + 40, ids, eos_token=EOS, pad_value=BYTES.pad_token, generator=seeded(seed))
-        expected = BYTES.decode(drawn)
+        drawn = model.generate(len(ids) + 40, ids, eos_token=eos, pad_value=eos, generator=seeded(seed))
+        expected = tokenizer.decode([token for token in drawn.tolist() if token < tokenizer.num_tokens])
         expected = expected[: min((expected.find(mark) for mark in stop if mark in expected), default=None)]
-        options = {"tokenizer": BYTES, "max_new_tokens": 40, "stop": stop}
-        assert "".join(palm.stream("Hé", generator=seeded(seed), **options)) == expected
-        assert palm.generate_text("Hé", generator=seeded(seed), **options) == expected
+        options = {"tokenizer": tokenizer, "max_new_tokens": 40, "stop": stop}
+        assert "".join(model.stream(prompt, generator=seeded(seed), **options)) == expected
+        assert model.generate_text(prompt, generator=seeded(seed), **options) == expected
 
 
 def test_a_batch_is_its_prompts_one_by_one(palm):
