@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.cli.generate import unindented
 from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.chats import chat_prompt, end_token, stop_strings
@@ -131,11 +132,9 @@ class Chat:
         pieces = self.voice.speak(self._fitting(asked), stop=self.stops, eos_token=self.end)
         said = ""
         try:
-            for piece in pieces:
-                shown = piece if said else piece.lstrip()
-                said += shown
-                if shown:
-                    yield shown
+            for piece in unindented(pieces):
+                said += piece
+                yield piece
         finally:
             if said.strip():
                 self.turns = [*asked, Turn("assistant", said.strip())]

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, TextIO
 
@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         **sampling_of(args),
     }  # fmt: skip
     read: Sequence[str | Tensor] = prompts
-    if isinstance(chat := prompt_tokenizer(args, tokenizer), ChatTokenizer):
+    chat = prompt_tokenizer(args, tokenizer)
+    if isinstance(chat, ChatTokenizer):
         read = [chat(prompt) for prompt in prompts]
         options |= {"stop": (*stop_strings(tokenizer), *stops_of(args)), "eos_token": chat.eos_token}
     heads = [
@@ -110,20 +111,32 @@ def run(args: argparse.Namespace) -> int:
         for sample in range(args.num_samples)
     ]
     rows = [ids for ids in read for _ in range(args.num_samples)]
-    if args.stream:
-        for head, row in zip(heads, rows, strict=True):
-            _print(chain((head,), palm.stream(row, **options), ("\n",)))
-        return 0
-    for first in range(0, len(rows), ROWS):
-        texts = palm.generate_text(rows[first : first + ROWS], **options)
-        for head, text in zip(heads[first : first + ROWS], texts, strict=True):
-            _print((head, text, "\n"))
+    size = 1 if args.stream else ROWS
+    for first in range(0, len(rows), size):
+        texts: Iterable[Iterable[str]]
+        if args.stream:
+            texts = [palm.stream(rows[first], **options)]
+        else:
+            texts = ([text] for text in palm.generate_text(rows[first : first + size], **options))
+        for head, text in zip(heads[first : first + size], texts, strict=True):
+            _print(chain((f"{head}\n",), unindented(text)) if chat is not tokenizer else chain((head,), text))
+            _print("\n")
     return 0
 
 
 def printable(text: str) -> str:
     """The text with control characters, which a model may write and a terminal obeys, made visible; not line ends."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def unindented(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text without the blanks that it begins with."""
+    begun = False
+    for piece in pieces:
+        shown = piece if begun else piece.lstrip()
+        begun = begun or bool(shown)
+        if shown:
+            yield shown
 
 
 def encodable(text: str, out: TextIO) -> str:

@@ -202,7 +202,7 @@ def test_chat_refuses_bad_options_before_it_begins(checkpoint, monkeypatch, caps
 def test_generate_asks_as_a_chat(checkpoint, capsys):
     options = ["--chat", "--temperature", "0", "--max-new-tokens", "4", "--device", "cpu"]
     assert main(["generate", checkpoint, "Hi", *options]) == 0
-    assert capsys.readouterr().out == "Hi::::\n"
+    assert capsys.readouterr().out == "Hi\n::::\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
