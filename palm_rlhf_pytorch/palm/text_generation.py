@@ -94,7 +94,7 @@ def generate_text(
         num_samples is given.
 
     Raises:
-        TypeError: if a prompt is neither text nor a tensor of ids, or a stop string is no text.
+        TypeError: if a prompt is neither text nor a tensor of ids, a stop string is no text, or a count no whole number.
         ValueError: if a prompt is empty and there is no BOS, or has no room in the model's `max_length`; if the
             tokenizer has more ids than the model, the model is not causal, a setting names no distribution, a stop
             string is empty, or the logits are not finite.
@@ -210,6 +210,8 @@ def _ask(
             " tokenizer that the model was trained with"
         )
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} ({value!r}) must be a whole number")
         if value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -221,7 +223,7 @@ def _ask(
     adapter = model.finetune_modules.chosen(finetune_scope, disabled=False)
     rows = [_encoded(model, tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
     rows = [row for row in rows for _ in range(num_samples)]
-    ids, mask = (each.to(model.device) for each in pad_ragged(rows, left=True))
+    ids, mask = pad_ragged(rows, left=True)
     room = torch.tensor([min(max_new_tokens, model.max_length - len(row)) for row in rows], device=model.device)
     settings = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "eos_token": eos_token, "generator": generator,
@@ -248,4 +250,4 @@ def _encoded(model: TextModel, tokenizer: Tokenizer, prompt: object, index: int)
             f"prompt {index} has {len(ids)} tokens; of this model's max_length {model.max_length} it must leave one;"
             " shorten it"
         )
-    return ids.long()
+    return ids.to(model.device, torch.long)

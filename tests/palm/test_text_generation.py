@@ -189,6 +189,7 @@ class Nameless(ByteTokenizer):
         ({"prompt": torch.tensor([[1]])}, ValueError, r"shape \(1, 1\)"),
         ({"prompt": torch.tensor([300])}, ValueError, "id 300"),
         ({"stop": [""]}, ValueError, r"stop\[0\]"),
+        ({"max_new_tokens": 2.5}, TypeError, r"max_new_tokens \(2.5\)"),
         ({"max_new_tokens": 0}, ValueError, r"max_new_tokens \(0\)"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"eos_token": 300}, ValueError, r"eos_token \(300\)"),
