@@ -94,7 +94,7 @@ def generate_text(
         num_samples is given.
 
     Raises:
-        TypeError: if a prompt is neither text nor a tensor of ids, a stop string is no text, or a count no whole number.
+        TypeError: if a prompt is neither text nor a tensor of ids, a stop string is no text, or a count is no integer.
         ValueError: if a prompt is empty and there is no BOS, or has no room in the model's `max_length`; if the
             tokenizer has more ids than the model, the model is not causal, a setting names no distribution, a stop
             string is empty, or the logits are not finite.
