@@ -33,7 +33,7 @@ TREE = [
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
-    (1, "text", "tokenizer streaming dialogues hf_tokenizer chats records columns rows datasets pydocs"),
+    (1, "text", "tokenizer streaming stops dialogues hf_tokenizer chats records columns rows datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient group preference direct"),
     (
         1,
@@ -45,7 +45,8 @@ TREE = [
     (
         2,
         "palm",
-        "inputs sampling responses graphs generation pretrained config scopes copying block decoding transformer",
+        "inputs sampling responses graphs generation pretrained config scopes text_generation copying block decoding "
+        "transformer",
     ),
     (
         3,
@@ -66,8 +67,8 @@ TREE = [
     (
         5,
         "cli",
-        "device config completion generate pretrain models reward_ask reward runs ppo check plan grpo dpo evaluate "
-        "demo_text demo_report demo_pairs demo main",
+        "device config completion models generate chat_session chat pretrain reward_ask reward runs ppo check plan "
+        "grpo dpo evaluate demo_text demo_report demo_pairs demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

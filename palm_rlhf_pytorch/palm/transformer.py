@@ -24,6 +24,7 @@ from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.generation import continue_prompts
 from palm_rlhf_pytorch.palm.inputs import check_length, check_tokens
 from palm_rlhf_pytorch.palm.scopes import Scopes
+from palm_rlhf_pytorch.palm.text_generation import generate_text, stream
 from palm_rlhf_pytorch.products import linear, product_dtype
 from palm_rlhf_pytorch.rotary import longest_position, rotary_factors
 from palm_rlhf_pytorch.training.tensor_file import load_tensors
@@ -251,6 +252,8 @@ class PaLM(nn.Module):
             top_k=top_k, top_p=top_p, eos_token=eos_token, pad_value=pad_value, generator=generator, use_tqdm=use_tqdm,
             adapter=self.finetune_modules.chosen(finetune_scope, disabled=disable_lora),
         )  # fmt: skip
+
+    generate_text, stream = generate_text, stream  # text in, text out: functions that serve as methods
 
     # scopes: low-rank adapters kept under a name
 
