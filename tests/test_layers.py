@@ -38,14 +38,15 @@ TREE = [
     (
         1,
         "training",
-        "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
-        "ranks stopping random_states saves plots supervised",
+        "optimizer optimizers atomic foreign_file tensor_file tensor_reader optimizer_state manifest folder "
+        "tensor_stream checkpoint metrics ranks stopping random_states saves plots supervised",
     ),
     (1.5, "text", "tokenizer_files"),
     (
         2,
         "palm",
-        "inputs sampling responses graphs generation pretrained config scopes text_generation copying block decoding "
+        "inputs sampling responses graphs generation config pretrained scopes text_generation copying hub files block "
+        "decoding "
         "transformer",
     ),
     (
