@@ -52,7 +52,7 @@ TREE = [
     (
         3,
         "reward",
-        "settings texts files model functions weighted expression verifiable classifier http caching labels "
+        "settings texts files saving model functions weighted expression verifiable classifier http caching labels "
         "learning ensemble asking agreement figures report assessment rules constitution",
     ),
     (

@@ -6,12 +6,12 @@ Knows no class of model: what it is mixed into says which weights and configurat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
-from palm_rlhf_pytorch.palm.copying import build_from, stored_state, take_checkpoint
+from palm_rlhf_pytorch.palm.copying import Scoped, build_from, stored_state, take_checkpoint
 from palm_rlhf_pytorch.palm.hub import HubModel, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of, merged_arguments, sizes_of
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
@@ -25,17 +25,18 @@ BOOKKEEPING = ("kind", "format_version", "scopes")  # what config.json says besi
 class PaLMFiles(HubModel):
     """What a language model is saved with and loaded by."""
 
-    def save(self: Any, path: str | Path, *, with_scopes: bool = False) -> None:
+    def save(self, path: str | Path, *, with_scopes: bool = False) -> None:
         """Write weights and configuration to one file, atomically; `.safetensors` by its suffix, else torch's format.
 
         Args:
             path: the file.
             with_scopes: write the low-rank scopes too; without, the base weights alone.
         """
-        tensors, extra = stored_state(self, with_scopes=with_scopes)
-        save_tensors(path, tensors, kind=KIND, config=self.config, extra=extra)
+        model = cast("Scoped", self)
+        tensors, extra = stored_state(model, with_scopes=with_scopes)
+        save_tensors(path, tensors, kind=KIND, config=model.config, extra=extra)
 
-    def save_pretrained(self: Any, folder: str | Path, *, with_scopes: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, with_scopes: bool = False) -> None:
         """Write a folder for `from_pretrained` and the Hub: model.safetensors, config.json and, where none is, a card.
 
         A new folder appears whole or not at all; in one that is there each of these files is replaced whole, and all
@@ -49,10 +50,11 @@ class PaLMFiles(HubModel):
             ValueError: if folder is a file.
             OSError: if the disk refuses.
         """
-        tensors, extra = stored_state(self, with_scopes=with_scopes)
-        write_folder(folder, tensors, kind=KIND, config=self.config, extra=extra)
+        model = cast("Scoped", self)
+        tensors, extra = stored_state(model, with_scopes=with_scopes)
+        write_folder(folder, tensors, kind=KIND, config=model.config, extra=extra)
 
-    def load(self: Any, path: str | Path) -> Any:
+    def load(self, path: str | Path) -> Self:
         """Take over the weights of a file, its scopes too in place of those of the same name; returns the model.
 
         The file is one of `save`, a bare state dict, or has the layout of the published PaLMs. All is checked before
@@ -63,8 +65,9 @@ class PaLMFiles(HubModel):
             ValueError: if it is no checkpoint, or one of another model (keys and shapes are named).
         """
         reader = TensorReader(path, kind=KIND)
-        known = {name: self.config[name] for name in NOT_TOLD}
-        take_checkpoint(self, reader, checked_kind(layout_of(reader, known), path))
+        model = cast("Scoped", self)
+        known = {name: model.config[name] for name in NOT_TOLD}
+        take_checkpoint(model, reader, checked_kind(layout_of(reader, known), path))
         return self
 
     @classmethod

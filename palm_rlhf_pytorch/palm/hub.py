@@ -177,12 +177,25 @@ def write_folder(
 
 
 def card(kind: str) -> str:
-    """The README of a saved model, by the Hub library's template."""
-    from huggingface_hub import ModelCard, ModelCardData
-    from huggingface_hub.hub_mixin import DEFAULT_MODEL_CARD
+    """The README of a saved model, with the fields by which the Hub finds and shows it."""
+    from huggingface_hub import ModelCardData
 
-    data = ModelCardData(library_name=LIBRARY, tags=[LIBRARY, kind.lower(), "model_hub_mixin"])
-    return str(ModelCard.from_template(data, template_str=DEFAULT_MODEL_CARD, repo_url=None, docs_url=None))
+    fields = ModelCardData(library_name=LIBRARY, tags=[LIBRARY, kind.lower(), "model_hub_mixin"]).to_yaml()
+    return f"""---
+{fields}
+---
+
+# {kind}
+
+A model of the Python package palm_rlhf_pytorch (install it from its repository: on PyPI the name palm-rlhf-pytorch
+belongs to the original project). Paper: {PAPER}
+
+```python
+from palm_rlhf_pytorch import {kind}
+
+model = {kind}.from_pretrained("this repository's owner/name, or a folder")
+```
+"""
 
 
 def read_config(path: Path) -> dict[str, Any]:
