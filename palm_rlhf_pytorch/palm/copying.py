@@ -4,11 +4,13 @@ Knows no class of model, only what all of this asks of one: base weights by name
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.palm.config import compare_configs
@@ -66,6 +68,27 @@ def share_weights(model: Model, trainable: Callable[[str], bool] | None) -> Mode
         else:
             memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
     return deepcopy(model, memo)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules built in this block have no memory and draw no random numbers: a file's tensors take their place."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out what fills tensors at random: torch would import 800 modules to do so without memory (70 MB, 2 s)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+        return func(*args, **kwargs)
 
 
 def move_together(*modules: nn.Module, device: torch.device | str) -> None:
@@ -145,7 +168,7 @@ def build_from(
         ValueError: if no model can be made of the configuration, or tensors do not fit it.
     """
     try:
-        with torch.device("meta"):  # no memory, no random numbers: the tensors of the file take the place of all
+        with without_memory():
             model = make(**layout.config)
             for scope, kept in layout.scopes.items():
                 model.finetune_modules.add(scope, model.new_adapter(**kept, generator=None))

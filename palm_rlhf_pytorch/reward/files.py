@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.palm.copying import without_memory
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.tensors import at_least_float32
 from palm_rlhf_pytorch.training.tensor_file import TensorFile, check_state
@@ -88,7 +89,7 @@ def _empty(make: Callable[..., Model], config: Mapping[str, Any], path: str | Pa
     if not isinstance(trunk, dict):
         raise ValueError(f"{path} is damaged: its configuration lacks that of the trunk, 'palm'")
     try:
-        with torch.device("meta"):  # no memory, no random numbers: the tensors of the file take the place of all
+        with without_memory():
             return make(PaLM(**trunk), **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds a configuration that builds no reward model: {error}") from error

@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
@@ -37,7 +37,7 @@ class TensorFile(NamedTuple):
     `kind` is None, `config` and `extra` are empty, when the file is a bare state dict of another program.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     kind: str | None
     config: dict[str, Any]
     extra: dict[str, Any]
@@ -114,7 +114,7 @@ def load_tensors(
     if head.startswith(ZIP_MAGIC):
         checkpoint = _read_zip(path, mapped=mapped, checked=checked)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
-        checkpoint = _read_safetensors(path, checked=checked)
+        checkpoint = _read_safetensors(path, mapped=mapped, checked=checked)
     else:
         raise ValueError(f"{path} is not a checkpoint: {describe(head)}")
     if kind is not None and checkpoint.kind not in (None, kind):
@@ -271,11 +271,12 @@ def _check_zip(path: Path) -> None:
         _damaged(path, str(error), error)
 
 
-def _read_safetensors(path: Path, *, checked: bool) -> TensorFile:
+def _read_safetensors(path: Path, *, mapped: bool, checked: bool) -> TensorFile:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            names = list(file.keys())
+            tensors = LazyTensors(path) if mapped else {name: file.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, UnicodeDecodeError, RuntimeError, ValueError, TypeError, LookupError) as error:
         _damaged(path, str(error), error)
     if not metadata.keys() & {*FIELDS, "sha256"}:
@@ -289,9 +290,27 @@ def _read_safetensors(path: Path, *, checked: bool) -> TensorFile:
     strange = metadata.keys() - {*FIELDS, "sha256", "format"}
     if strange or metadata.get("format", "pt") != "pt":  # what the checksum does not cover
         _damaged(path, f"metadata {strange or metadata['format']}")
-    if checked and _digest(metadata, _each_alone(path, sorted(tensors))) != expected:
+    if checked and _digest(metadata, _each_alone(path, sorted(names))) != expected:
         _damaged(path, "its SHA-256 does not match")
     return checkpoint
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A safetensors file's tensors, views of the file: each is looked up when asked for, which alone reads some of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safetensors.safe_open(path, framework="pt", device="cpu").__enter__()
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _each_alone(path: Path, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
@@ -317,6 +336,8 @@ def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> TensorFile:
         and isinstance(record["extra"], dict)
     ):
         _damaged(path, f"it lacks one of the fields {', '.join(FIELDS)}")
+    if isinstance(tensors, LazyTensors):
+        return TensorFile(tensors, record.get("kind"), record.get("config", {}), record.get("extra", {}))
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):

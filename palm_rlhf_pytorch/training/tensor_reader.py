@@ -15,6 +15,7 @@ from palm_rlhf_pytorch.training.tensor_file import TensorFile, load_tensors
 
 PIECE = 1 << 23  # bytes read at a time
 HELD = 1 << 24  # bytes read of one map
+TOUCH = 1 << 20  # bytes that come with the first one of a piece: the system reads files ahead
 
 
 class Part(NamedTuple):
@@ -50,7 +51,7 @@ class TensorReader:
         self.kind, self.config, self.extra = found.kind, found.config, found.extra
         self.tensors = {name: tensor.to("meta") for name, tensor in found.tensors.items()}
         self._mapped: Mapping[str, Tensor] = found.tensors
-        self._held = 0
+        self._held = HELD  # looking up all of them read some of each
 
     def whole(self) -> dict[str, Part]:
         """Every tensor of the file as it is there."""
@@ -102,7 +103,7 @@ class TensorReader:
         for start in range(0, len(tensor), step):
             rows = slice(start, start + step)
             piece = self._map()[name][rows]
-            self._held += piece.nbytes
+            self._held += piece.nbytes + TOUCH
             yield rows, piece
 
     def _map(self) -> Mapping[str, Tensor]:
