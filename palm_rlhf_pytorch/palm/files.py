@@ -12,7 +12,7 @@ import torch
 
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.palm.copying import Scoped, build_from, stored_state, take_checkpoint
-from palm_rlhf_pytorch.palm.hub import HubModel, write_folder
+from palm_rlhf_pytorch.palm.hub import HubModel, on_disk, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of, merged_arguments, sizes_of
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
@@ -72,13 +72,14 @@ class PaLMFiles(HubModel):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> Self:
-        """Build the model that a file describes, in float32 on the CPU, with its weights and scopes.
+        """Build the model that a file, or a folder, describes, in float32 on the CPU, with its weights and scopes.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds no configuration and its tensors do not tell it, or does not fit it.
         """
-        return cls._read(Path(path), config={}, dtype=torch.float32, device="cpu", arguments={})
+        found = on_disk(path)
+        return cls._read(found.weights, config=found.arguments(), dtype=torch.float32, device="cpu", arguments={})
 
     @classmethod
     def _read(

@@ -35,6 +35,10 @@ class Found(NamedTuple):
     weights: Path
     config: Path | None
 
+    def arguments(self) -> dict[str, Any]:
+        """What config.json says; nothing if there is none."""
+        return {} if self.config is None else read_config(self.config)
+
 
 class HubModel:
     """What can be read from, and written to, folders and the Hub."""
@@ -71,7 +75,8 @@ class HubModel:
             dtype: torch.float32, bfloat16 or float16 for the language model's weights; None keeps the file's.
                 Adapters and heads are float32 always.
             device: where the model goes.
-            arguments: of the constructor of PaLM, where the file does not tell them (dim_head, causal...).
+            arguments: of the constructor, for what a file leaves open (qk_scale, say) or what is to be otherwise than
+                it says (causal, a dropout); sizes must be those of the tensors.
 
         Raises:
             FileNotFoundError: if there is no such file, folder or repository, or none with weights.
@@ -86,8 +91,7 @@ class HubModel:
             name_or_path, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
             force_download=force_download,
         )  # fmt: skip
-        config = {} if found.config is None else read_config(found.config)
-        return cls._read(found.weights, config=config, dtype=dtype, device=device, arguments=arguments)
+        return cls._read(found.weights, config=found.arguments(), dtype=dtype, device=device, arguments=arguments)
 
     def push_to_hub(
         self,
@@ -230,16 +234,13 @@ def _umask() -> int:
 
 
 def locate(
-    name_or_path: str | Path, *, revision: str | None, cache_dir: str | Path | None, token: str | bool | None,
-    local_files_only: bool, force_download: bool,
+    name_or_path: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None,
+    token: str | bool | None = None, local_files_only: bool = False, force_download: bool = False,
 ) -> Found:  # fmt: skip
     """The files of a model: on the disk if they are there, else from the Hub; see `HubModel.from_pretrained`."""
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        chosen = choose_weights((entry.name for entry in path.iterdir() if entry.is_file()), where=str(path))
-        return Found(path / chosen, _beside(path / chosen))
     if path.exists():
-        return Found(path, _beside(path))
+        return on_disk(path)
     name = str(name_or_path)
     if not REPOSITORY.fullmatch(name) or path.suffix in SUFFIXES:
         raise FileNotFoundError(f"{name}: no such file or folder, and no repository's name on the Hub (owner/name)")
@@ -247,6 +248,15 @@ def locate(
     if local_files_only:
         return _cached(name, wanted, reason="local_files_only=True")
     return _download(name, wanted, force=force_download)
+
+
+def on_disk(path: str | Path) -> Found:
+    """The files of a model in a folder, or a file of weights, which need not exist, with what is beside it."""
+    path = Path(path)
+    if path.is_dir():
+        path /= choose_weights((entry.name for entry in path.iterdir() if entry.is_file()), where=str(path))
+    config = path.with_name(CONFIG)
+    return Found(path, config if config.is_file() else None)
 
 
 def choose_weights(names: Iterable[str], *, where: str) -> str:
@@ -268,12 +278,6 @@ def choose_weights(names: Iterable[str], *, where: str) -> str:
         listed = ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
         raise ValueError(f"{where} has several files of weights ({listed}); give the path of one of them")
     return candidates[0]
-
-
-def _beside(weights: Path) -> Path | None:
-    """The config.json that belongs to a file of weights: in a folder that is a model's, or of one model alone."""
-    config = weights.with_name(CONFIG)
-    return config if config.is_file() else None
 
 
 def _download(name: str, wanted: Mapping[str, Any], *, force: bool) -> Found:
@@ -303,7 +307,7 @@ def _download(name: str, wanted: Mapping[str, Any], *, force: bool) -> Found:
         raise _refusal(name, error) from error
     except unreachable as error:
         raise ConnectionError(f"{name}: the download failed ({error}); call again to go on with it") from error
-    return Found(weights, _beside(weights))
+    return on_disk(weights)
 
 
 def _refusal(name: str, error: Any) -> OSError:
@@ -332,4 +336,4 @@ def _cached(name: str, wanted: Mapping[str, Any], *, reason: str) -> Found:
     except LocalEntryNotFoundError as error:
         raise ConnectionError(f"{name}: no such file or folder, and not in the Hub's cache; {reason}") from error
     chosen = choose_weights((entry.name for entry in folder.iterdir() if entry.is_file()), where=name)
-    return Found(folder / chosen, _beside(folder / chosen))
+    return on_disk(folder / chosen)

@@ -15,7 +15,7 @@ from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.rotary import GAMMA, THETA
 from palm_rlhf_pytorch.training.tensor_reader import Part, TensorReader
 
-OURS, PUBLISHED_LAYOUT = "palm_rlhf_pytorch", "published PaLM"
+OURS, PUBLISHED_LAYOUT = "this package", "the published PaLMs"
 SCOPES = "finetune_modules."
 REWARD_SCOPE = "reward"  # that release's name for a reward model's adapter
 WRAPPED = ("module.", "_orig_mod.")  # what training wrappers of torch put before every name
@@ -135,7 +135,7 @@ class _Names:
     def shape(self, name: str) -> torch.Size:
         """The shape of a tensor that must be there; its name is ticked off."""
         if name not in self.all:
-            raise ValueError(f"{self.path} does not fit the {PUBLISHED_LAYOUT} layout: it lacks {name}")
+            raise ValueError(f"{self.path} does not fit the layout of {PUBLISHED_LAYOUT}: it lacks {name}")
         self.rest.pop(name, None)
         return self.reader.tensors[self.all[name]].shape
 
@@ -169,7 +169,7 @@ class _Names:
         if self.rest:
             first = ", ".join(list(self.rest)[:5]) + (", ..." if len(self.rest) > 5 else "")
             raise ValueError(
-                f"{self.path} does not fit the {PUBLISHED_LAYOUT} layout: {len(self.rest)} unexpected keys ({first})"
+                f"{self.path} does not fit the layout of {PUBLISHED_LAYOUT}: {len(self.rest)} unexpected keys ({first})"
             )
 
 

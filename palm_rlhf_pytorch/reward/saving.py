@@ -13,7 +13,7 @@ import torch
 
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.palm.files import NOT_TOLD, beside_arguments, warn_of_differences
-from palm_rlhf_pytorch.palm.hub import HubModel, write_folder
+from palm_rlhf_pytorch.palm.hub import HubModel, on_disk, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of
 from palm_rlhf_pytorch.reward.files import read_model, same_trunk, trunk_facts
 from palm_rlhf_pytorch.reward.settings import Settings, differences
@@ -76,13 +76,14 @@ class RewardModelFiles(HubModel):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> Self:
-        """Build the reward model that a file describes, with its weights, on the CPU.
+        """Build the reward model that a file, or a folder, describes, with its weights, on the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds no configuration, or does not fit it.
         """
-        return cls._read(Path(path), config={}, dtype=None, device="cpu", arguments={})
+        found = on_disk(path)
+        return cls._read(found.weights, config=found.arguments(), dtype=None, device="cpu", arguments={})
 
     @classmethod
     def _read(

@@ -296,7 +296,7 @@ def _read_safetensors(path: Path, *, mapped: bool, checked: bool) -> TensorFile:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A safetensors file's tensors, views of the file: each is looked up when asked for, which alone reads some of it."""
+    """A safetensors file's tensors, views of the file, each looked up when asked for: that alone reads some of it."""
 
     def __init__(self, path: Path) -> None:
         self._file = safetensors.safe_open(path, framework="pt", device="cpu").__enter__()

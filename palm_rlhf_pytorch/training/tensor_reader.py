@@ -13,8 +13,8 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.training.tensor_file import TensorFile, load_tensors
 
-PIECE = 1 << 23  # bytes read at a time
-HELD = 1 << 24  # bytes read of one map
+PIECE = 1 << 22  # bytes read at a time
+HELD = 1 << 23  # bytes read of one map, or a 64th of the file if that is more
 TOUCH = 1 << 20  # bytes that come with the first one of a piece: the system reads files ahead
 
 
@@ -51,7 +51,7 @@ class TensorReader:
         self.kind, self.config, self.extra = found.kind, found.config, found.extra
         self.tensors = {name: tensor.to("meta") for name, tensor in found.tensors.items()}
         self._mapped: Mapping[str, Tensor] = found.tensors
-        self._held = HELD  # looking up all of them read some of each
+        self._limit = self._held = max(HELD, self.path.stat().st_size // 64)  # looking up all of them read some of each
 
     def whole(self) -> dict[str, Part]:
         """Every tensor of the file as it is there."""
@@ -108,7 +108,7 @@ class TensorReader:
 
     def _map(self) -> Mapping[str, Tensor]:
         """The file's tensors, mapped anew when enough was read of the last map."""
-        if self._held >= HELD:
+        if self._held >= self._limit:
             self._mapped = {}  # the old map is gone before there is a new one
             self._mapped, self._held = self._open_again().tensors, 0
         return self._mapped
