@@ -73,7 +73,7 @@ class HubModel:
             local_files_only: take what the cache has, ask nobody.
             force_download: download again what the cache has.
             dtype: torch.float32, bfloat16 or float16 for the language model's weights; None keeps the file's.
-                Adapters and heads are float32 always.
+                Adapters and heads are float32 always. float16's range ends rows at 3,115 tokens (see `max_length`).
             device: where the model goes.
             arguments: of the constructor, for what a file leaves open (qk_scale, say) or what is to be otherwise than
                 it says (causal, a dropout); sizes must be those of the tensors.

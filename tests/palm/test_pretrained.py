@@ -144,7 +144,9 @@ def test_public_150m_shape_loads_in_little_memory_and_generates(tmp_path):
     known = PUBLISHED["conceptofmind/palm-150m"]
     torch.save(published_state(known, dtype=torch.bfloat16), path)
     measured = measure(path, "bfloat16")
-    assert measured["weights"] == 144_811_776 * 2  # embedding 50304 x 768; 12 layers of 7424 + 4096 + 1, and a norm, x 768
+    assert (
+        measured["weights"] == 144_811_776 * 2
+    )  # embedding 50304 x 768; 12 layers of 7424 + 4096 + 1, and a norm, x 768
     assert measured["peak"] <= 1.1 * measured["weights"]
     palm = PaLM.from_pretrained(path).eval()
     new = palm.generate(7, torch.tensor([11, 50_303, 5, 0]), temperature=0.0)
