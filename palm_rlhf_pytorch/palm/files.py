@@ -12,7 +12,7 @@ import torch
 
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.palm.copying import Scoped, build_from, stored_state, take_checkpoint
-from palm_rlhf_pytorch.palm.hub import HubModel, on_disk, write_folder
+from palm_rlhf_pytorch.palm.hub import WEIGHTS, HubModel, on_disk, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of, merged_arguments, sizes_of
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
@@ -107,6 +107,7 @@ def configured(reader: TensorReader, config: Mapping[str, Any], arguments: Mappi
     Warns:
         UserWarning: if config.json says otherwise than the file's own record.
     """
+    config = config if of_file(reader) else {}
     beside = beside_arguments(config, kind=KIND, known=ARGUMENTS)
     layout = checked_kind(layout_of(reader, {**beside, **arguments}), reader.path)
     if layout.name != OURS:
@@ -122,6 +123,14 @@ def configured(reader: TensorReader, config: Mapping[str, Any], arguments: Mappi
         )
     warn_of_differences(layout.config, beside, path=reader.path)
     return layout._replace(config={**layout.config, **merged_arguments({}, arguments, path=reader.path)})
+
+
+def of_file(reader: TensorReader) -> bool:
+    """Whether config.json in a file's folder may be the file's: not where it has a record of its own and another name.
+
+    A folder can hold several models' files, and the files of one that `save_pretrained` wrote.
+    """
+    return reader.kind is None or reader.path.name == WEIGHTS
 
 
 def beside_arguments(config: Mapping[str, Any], *, kind: str, known: tuple[str, ...]) -> dict[str, Any]:

@@ -4,18 +4,19 @@ Knows no class of reward model: what it is mixed into says which tensors and con
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
+from torch import Tensor, nn
 
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
-from palm_rlhf_pytorch.palm.files import NOT_TOLD, beside_arguments, warn_of_differences
+from palm_rlhf_pytorch.palm.files import NOT_TOLD, beside_arguments, of_file, warn_of_differences
 from palm_rlhf_pytorch.palm.hub import HubModel, on_disk, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of
-from palm_rlhf_pytorch.reward.files import read_model, same_trunk, trunk_facts
+from palm_rlhf_pytorch.reward.files import OnTrunk, read_model, same_trunk, trunk_facts
 from palm_rlhf_pytorch.reward.settings import Settings, differences
 from palm_rlhf_pytorch.training.tensor_file import save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
@@ -24,18 +25,46 @@ KIND = "RewardModel"
 SETTINGS = tuple(field.name for field in fields(Settings))
 
 
+class Judge(OnTrunk, Protocol):
+    """What a reward model has that is saved, or compared with a file's."""
+
+    settings: Settings
+    head: nn.Linear
+    training: bool
+    adapter: nn.Module | None
+    prompt_embed: nn.Parameter
+    response_embed: nn.Parameter
+    score_mean: Tensor
+    score_std: Tensor
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What it was built with."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its weights by name."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode."""
+        ...
+
+
 class RewardModelFiles(HubModel):
     """What a reward model is saved with and loaded by."""
 
-    def save(self: Any, path: str | Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write trunk, adapter, embeddings, head and configuration to one file, atomically; see `PaLM.save`."""
-        save_tensors(path, self.state_dict(), kind=KIND, config=self.config)
+        model = cast("Judge", self)
+        save_tensors(path, model.state_dict(), kind=KIND, config=model.config)
 
-    def save_pretrained(self: Any, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder for `from_pretrained` and the Hub, its trunk inside; see `PaLM.save_pretrained`."""
-        write_folder(folder, self.state_dict(), kind=KIND, config=self.config, extra={})
+        model = cast("Judge", self)
+        write_folder(folder, model.state_dict(), kind=KIND, config=model.config, extra={})
 
-    def load(self: Any, path: str | Path) -> Any:
+    def load(self, path: str | Path) -> Self:
         """Become the reward model of a file: its weights, its trunk and its configuration.
 
         The trunk stays shared with the PaLM given at construction while the file's is the same to the bit. Else the
@@ -57,13 +86,14 @@ class RewardModelFiles(HubModel):
         Warns:
             UserWarning: if the file's configuration differs from this model's; what differs is named.
         """
+        model = cast("Judge", self)
         reader = TensorReader(path, kind=KIND)
-        layout = checked_kind(layout_of(reader, {name: self.palm.config[name] for name in NOT_TOLD}), path)
-        config = layout.config if layout.kind is not None else self.config
-        found = read_model(type(self), reader, config, layout.parts, device=self.head.weight.device)
-        found.train(self.training)
-        trunk = differences(trunk_facts(self.palm), trunk_facts(found.palm))
-        differing = trunk + differences(asdict(self.settings), asdict(found.settings))
+        layout = checked_kind(layout_of(reader, {name: model.palm.config[name] for name in NOT_TOLD}), path)
+        config = layout.config if layout.kind is not None else model.config
+        found = read_model(type(model), reader, config, layout.parts, device=model.head.weight.device)
+        found.train(model.training)
+        trunk = differences(trunk_facts(model.palm), trunk_facts(found.palm))
+        differing = trunk + differences(asdict(model.settings), asdict(found.settings))
         if differing:
             unused = "; the PaLM given at construction is no longer used" if trunk else ""
             warnings.warn(
@@ -71,7 +101,7 @@ class RewardModelFiles(HubModel):
                 f"over whole, trunk and configuration{unused}",
                 stacklevel=2,
             )
-        become(self, found)
+        become(model, found)
         return self
 
     @classmethod
@@ -91,6 +121,7 @@ class RewardModelFiles(HubModel):
         arguments: Mapping[str, Any],
     ) -> Self:  # fmt: skip
         reader = TensorReader(path, kind=KIND)
+        config = config if of_file(reader) else {}
         own = {name: value for name, value in arguments.items() if name in SETTINGS}
         trunk = {name: value for name, value in arguments.items() if name not in SETTINGS}
         strange = [name for name in trunk if name not in ARGUMENTS]
@@ -111,7 +142,7 @@ class RewardModelFiles(HubModel):
         return model
 
 
-def become(model: Any, found: Any) -> None:
+def become(model: Judge, found: Judge) -> None:
     """Take over another model, sharing the present trunk on where the other's is the same."""
     shared = model.settings.use_lora == found.settings.use_lora and same_trunk(model.palm, found.palm)
     model.score_mean, model.score_std = found.score_mean, found.score_std

@@ -118,6 +118,17 @@ def test_edited_configuration_is_warned_of(folder):
     assert PaLM.from_pretrained(folder, causal=False).causal is False
 
 
+def test_file_beside_another_model_s_configuration_has_its_own(folder, make_palm):
+    palm = make_palm(causal=False)
+    palm.save(folder / "other.pt")
+    edit(folder, kind="RewardModel", dim=99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PaLM.from_pretrained(folder / "other.pt").config == palm.config
+    with pytest.raises(ValueError, match=r"config\.json is of a RewardModel, expected PaLM"):
+        PaLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("names", "where", "chosen"),
     [
