@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from palm_rlhf_pytorch.palm.hub import SUFFIXES, locate
+from palm_rlhf_pytorch.palm.hub import SUFFIXES, WEIGHTS, locate
 from palm_rlhf_pytorch.palm.pretrained import PUBLISHED, layout_of, published_name
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble
 from palm_rlhf_pytorch.reward.model import RewardModel
+from palm_rlhf_pytorch.text.tokenizer_files import FILE, save_tokenizer, tokenizer_of, tokenizer_path
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
 
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     _check_out(out)
     weights = locate(args.source).weights
+    folder = Path(args.source).is_dir() or weights.name == WEIGHTS
+    tokenizer = tokenizer_path(weights.parent if folder else weights)
     layout = layout_of(TensorReader(weights))
     kind = layout.kind or NAMES[getattr(args, "kind", "palm")]
     if NAMES.get(getattr(args, "kind", ""), kind) != kind:
@@ -65,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
     model = KINDS[kind].from_pretrained(weights, dtype=DTYPES.get(getattr(args, "dtype", "")))
     print(f"found    {kind}, layout of {layout.name}: {weights}")
     print(f"         {_described(model)}")
+    if tokenizer.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _save_tokenizer(model, tokenizer, out)
     _save(model, out)
     print(f"written  {out}{'' if out.is_file() else ' (folder)'}")
     if args.check:
@@ -90,6 +96,16 @@ def _save(model: PaLM | RewardModel | RewardEnsemble, out: Path) -> None:
         (model.save if to_file else model.save_pretrained)(out, with_scopes=scopes)
     else:
         (model.save if to_file else model.save_pretrained)(out)
+
+
+def _save_tokenizer(model: PaLM | RewardModel | RewardEnsemble, path: Path, out: Path) -> None:
+    """The tokenizer saved with SOURCE goes with the model."""
+    palm = model if isinstance(model, PaLM) else model.palm
+    beside = path.parent if path.name == FILE else path.with_name(path.name.replace(".tokenizer.json", ".pt"))
+    if out.suffix not in OWN_SUFFIXES:
+        out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer_of(beside, num_tokens=palm.num_tokens), out)
+    print(f"         with its tokenizer {path}")
 
 
 def _described(model: PaLM | RewardModel | RewardEnsemble) -> str:

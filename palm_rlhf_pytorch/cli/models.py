@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from palm_rlhf_pytorch.palm.pretrained import PUBLISHED
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, load_judge
 from palm_rlhf_pytorch.reward.model import RewardModel
@@ -66,7 +67,7 @@ def load_model(
         FileNotFoundError: if there is no such model or tokenizer.
         ValueError: if it is none, or model and tokenizer do not fit.
     """
-    palm = PaLM.from_checkpoint(path_or_name)
+    palm = PaLM.from_pretrained(path_or_name, dtype=torch.float32)
     found = _tokenizer_of(path_or_name, palm.num_tokens, tokenizer)
     if ends:
         _check_ends(found, tokenizer or f"saved with {path_or_name}")
@@ -128,8 +129,11 @@ def prompt_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer) -> Tokenize
 
 
 def _tokenizer_of(path_or_name: str | Path, num_tokens: int, tokenizer: str | None) -> Tokenizer:
-    if tokenizer is None:
+    name = str(path_or_name)
+    if tokenizer is None and Path(path_or_name).exists():
         return tokenizer_of(path_or_name, num_tokens=num_tokens)
+    if tokenizer is None:  # on the Hub: the tokenizer in the model's repository, or the one it is known to have
+        tokenizer = PUBLISHED[name].tokenizer if name in PUBLISHED else name
     found = load_tokenizer(tokenizer)
     check_fits(found, num_tokens, tokenizer_name=tokenizer, model_name=str(path_or_name))
     return found

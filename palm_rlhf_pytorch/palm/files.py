@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.palm.copying import Scoped, build_from, stored_state, take_checkpoint
 from palm_rlhf_pytorch.palm.hub import WEIGHTS, HubModel, on_disk, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of, merged_arguments, sizes_of
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
 
@@ -36,7 +37,9 @@ class PaLMFiles(HubModel):
         tensors, extra = stored_state(model, with_scopes=with_scopes)
         save_tensors(path, tensors, kind=KIND, config=model.config, extra=extra)
 
-    def save_pretrained(self, folder: str | Path, *, with_scopes: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, with_scopes: bool = False, tokenizer: Tokenizer | None = None
+    ) -> None:
         """Write a folder for `from_pretrained` and the Hub: model.safetensors, config.json and, where none is, a card.
 
         A new folder appears whole or not at all; in one that is there each of these files is replaced whole, and all
@@ -45,6 +48,7 @@ class PaLMFiles(HubModel):
         Args:
             folder: where to.
             with_scopes: write the low-rank scopes too; without, the base weights alone.
+            tokenizer: what makes the model's ids, saved with it.
 
         Raises:
             ValueError: if folder is a file.
@@ -52,7 +56,7 @@ class PaLMFiles(HubModel):
         """
         model = cast("Scoped", self)
         tensors, extra = stored_state(model, with_scopes=with_scopes)
-        write_folder(folder, tensors, kind=KIND, config=model.config, extra=extra)
+        write_folder(folder, tensors, kind=KIND, config=model.config, extra=extra, tokenizer=tokenizer)
 
     def load(self, path: str | Path) -> Self:
         """Take over the weights of a file, its scopes too in place of those of the same name; returns the model.

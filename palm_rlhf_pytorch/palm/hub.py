@@ -18,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 
 from palm_rlhf_pytorch.palm.pretrained import PUBLISHED
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
 from palm_rlhf_pytorch.training.atomic import nature, replacing
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 
@@ -150,9 +152,11 @@ class HubModel:
 
 def write_folder(
     folder: str | Path, tensors: Mapping[str, torch.Tensor], *, kind: str, config: Mapping[str, Any],
-    extra: Mapping[str, Any],
+    extra: Mapping[str, Any], tokenizer: Tokenizer | None = None,
 ) -> None:  # fmt: skip
-    """Write weights, config.json and a card; a new folder appears whole, in an old one each file is replaced whole.
+    """Write weights, config.json, a card and maybe a tokenizer.
+
+    A new folder appears whole, in an old one each file is replaced whole.
 
     The weights carry their configuration too: after a kill between two files, `from_pretrained` takes theirs.
 
@@ -167,6 +171,8 @@ def write_folder(
     new = not folder.exists()
     place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:50]}.")) if new else folder
     try:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, place)
         save_tensors(place / WEIGHTS, tensors, kind=kind, config=config, extra=extra)
         record = {"kind": kind, "format_version": FORMAT_VERSION, **config, **extra}
         _write_text(place / CONFIG, json.dumps(record, indent=2) + "\n")

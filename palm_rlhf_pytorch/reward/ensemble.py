@@ -18,6 +18,7 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.files import build_model, same_trunk
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.text.records import Label
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.tensor_file import TensorFile, save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
 from palm_rlhf_pytorch.typecheck import typecheck
@@ -153,10 +154,10 @@ class RewardEnsemble(HubModel, nn.Module):
         tensors, config = self._stored()
         save_tensors(path, tensors, kind=KIND, config=config)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
         """Write a folder for `from_pretrained` and the Hub; see `PaLM.save_pretrained`."""
         tensors, config = self._stored()
-        write_folder(folder, tensors, kind=KIND, config=config, extra={})
+        write_folder(folder, tensors, kind=KIND, config=config, extra={}, tokenizer=tokenizer)
 
     def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"palm.{name}": tensor for name, tensor in self.palm.state_dict().items()}

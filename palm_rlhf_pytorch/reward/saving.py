@@ -18,6 +18,7 @@ from palm_rlhf_pytorch.palm.hub import HubModel, on_disk, write_folder
 from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of
 from palm_rlhf_pytorch.reward.files import OnTrunk, read_model, same_trunk, trunk_facts
 from palm_rlhf_pytorch.reward.settings import Settings, differences
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.tensor_file import save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
 
@@ -59,10 +60,10 @@ class RewardModelFiles(HubModel):
         model = cast("Judge", self)
         save_tensors(path, model.state_dict(), kind=KIND, config=model.config)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
         """Write a folder for `from_pretrained` and the Hub, its trunk inside; see `PaLM.save_pretrained`."""
         model = cast("Judge", self)
-        write_folder(folder, model.state_dict(), kind=KIND, config=model.config, extra={})
+        write_folder(folder, model.state_dict(), kind=KIND, config=model.config, extra={}, tokenizer=tokenizer)
 
     def load(self, path: str | Path) -> Self:
         """Become the reward model of a file: its weights, its trunk and its configuration.

@@ -16,6 +16,8 @@ from safetensors import safe_open
 from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.palm import hub
 from palm_rlhf_pytorch.palm.hub import choose_weights
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import tokenizer_of
 
 IDS = torch.tensor([[3, 9, 4, 30, 1, 7]])
 
@@ -62,6 +64,12 @@ def test_other_loaders_read_the_weights_and_the_configuration(make_palm, tmp_pat
     assert config["dim"] == 24 and config["kind"] == "PaLM"
     card = (tmp_path / "README.md").read_text()
     assert "library_name: palm-rlhf-pytorch" in card and "- palm\n" in card
+
+
+def test_tokenizer_is_saved_with_the_model(make_palm, tmp_path):
+    make_palm(num_tokens=259).save_pretrained(tmp_path / "m", tokenizer=ByteTokenizer())
+    assert isinstance(tokenizer_of(tmp_path / "m", num_tokens=259), ByteTokenizer)
+    PaLM.from_pretrained(tmp_path / "m")
 
 
 def test_saving_again_keeps_other_files_and_the_card(folder, make_palm):
