@@ -38,9 +38,10 @@ class OnlineTrainer(PolicyTrainer):
         self.call = begin(self, call, resume)
         self.doctor.run = self.doctor.run._replace(eos_token=call.eos_token is not None)
         loop = Loop(self, self.call, use_tqdm=use_tqdm)
-        if preflight:
-            loop.prove()
-        history, self.stopped = loop.run()
+        with self.trackers.running(self.configuration, step=self.updates):
+            if preflight:
+                loop.prove()
+            history, self.stopped = loop.run()
         return history
 
     def preflight(

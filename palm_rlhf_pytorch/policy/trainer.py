@@ -4,6 +4,7 @@ Knows no loss and no loop; `policy/ppo.py` is one that adds them.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,6 @@ from palm_rlhf_pytorch.policy.arguments import (
     check_answer_arguments,
     check_judge,
     check_rollout_arguments,
-    check_trackers,
 )
 from palm_rlhf_pytorch.policy.critic_start import start_critic
 from palm_rlhf_pytorch.policy.doctor import Doctor
@@ -43,7 +43,8 @@ from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
-from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
+from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.trackers import tracked_accelerator
 from palm_rlhf_pytorch.typecheck import typecheck
 
 STREAMS = (
@@ -76,6 +77,7 @@ class PolicyTrainer:
         pretraining: Tensor | np.ndarray | None = None,
         watch: WatchSettings | None = None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
     ) -> None:
         """Check and place what was given: arguments of `RLHFTrainer`, `prompts` being those of `prompts_from`.
 
@@ -91,12 +93,9 @@ class PolicyTrainer:
         judges = [judge] if held_out_judge is None else [judge, held_out_judge]
         for each in judges:
             check_judge(each, palm)
-        check_trackers((accelerate_kwargs or {}).get("log_with"))
-        self.accelerator = new_accelerator(accelerate_kwargs)
+        folder = run_dir or (metrics_path and Path(metrics_path).parent)
+        self.accelerator, self.trackers = tracked_accelerator(accelerate_kwargs, log_with, folder=folder)
         self.ranks = Ranks(self.accelerator)
-        if self.accelerator.log_with:
-            kept = {name: str(value) for name, value in settings.plain().items()}  # some trackers take no lists
-            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **kept})
         self.run = Run(run_dir, self.ranks, **settings.run_arguments())
         self.metrics = MetricsLog(metrics_path or self.run.metrics_path, accelerator=self.accelerator)
         self.reward_model, self.held_out_judge, trunk = judge, held_out_judge, palm.share()
@@ -130,6 +129,13 @@ class PolicyTrainer:
     def kind(self) -> str:
         """What its checkpoints are of."""
         return type(self).__name__
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What the run is, for trackers: method, settings, model, the call of `train` if there is one."""
+        own = {"trainer": self.kind, "seed": self.seed, **self.settings.plain()}
+        own |= {"processes": self.ranks.count, "mixed_precision": self.accelerator.mixed_precision}
+        return own | {"palm": self.actor_critic.palm.config, "call": {} if self.call is None else asdict(self.call)}
 
     def next_prompts(self, count: int) -> PromptBatch:
         """This process's share of the next prompts: ids (b, p), mask (b, p) and rows (b,), on the training device.
