@@ -59,8 +59,8 @@ TREE = [
         "policy",
         "prompts settings ppo_settings pretraining arguments actor_critic critic_start sharding rollout targets "
         "progress losses judging scores answers records rollout_file experience learning diagnostics groups doctor "
-        "watch samples run group_settings probe premises identities judge_checks preflight footprint pieces plan "
-        "trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
+        "watch samples inspection run group_settings probe premises identities judge_checks preflight footprint "
+        "pieces plan trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
         "direct_records direct_model direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison "
         "evaluation",
     ),

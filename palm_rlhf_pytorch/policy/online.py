@@ -26,6 +26,7 @@ class OnlineTrainer(PolicyTrainer):
     """Adds learning to what samples and judges."""
 
     lesson: Callable[..., Lesson] = Lesson  # makes what responses teach, see `lesson_from`
+    taught: Lesson | None = None  # what the last update has learnt from, until its rollouts are kept
 
     def run_call(
         self, call: Call, *, resume: str | Path | None, preflight: bool, use_tqdm: bool
@@ -111,7 +112,7 @@ class OnlineTrainer(PolicyTrainer):
             version=min(self.updates, int(source.versions.max())),  # a rollout handed in may be older than the policy
             kind=self.lesson,
         )  # fmt: skip
-        random = partial(self.learning_generator, self.updates)
+        self.taught, random = lesson, partial(self.learning_generator, self.updates)
         metrics |= self.learner.update(lesson, random=random, progress=progress, on_step=on_step)
         episodes = num_fresh * self.ranks.count
         self.episodes += episodes

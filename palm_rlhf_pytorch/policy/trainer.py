@@ -27,6 +27,7 @@ from palm_rlhf_pytorch.policy.arguments import (
 from palm_rlhf_pytorch.policy.critic_start import start_critic
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.inspection import RolloutFiles
 from palm_rlhf_pytorch.policy.judging import Judge, Judged, ask_source, judged
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.losses import Loss
@@ -116,7 +117,11 @@ class PolicyTrainer:
         self.run.keep_for(watch)
         if isinstance(judge, JudgeSum):
             self.metrics.define({f"reward/{name}": f"mean raw score of the judge {name!r}" for name in judge.judges})
-        self.samples = SampleLog(self.run.samples_path, accelerator=self.accelerator)
+        self.samples = SampleLog(
+            self.run.samples_path, accelerator=self.accelerator, trackers=self.trackers,
+            table_every=settings.log_samples_every,
+        )  # fmt: skip
+        self.kept_rollouts = RolloutFiles(self.run.rollouts_folder, keep=settings.keep_rollouts)
         self.tokenizer = prompts["tokenizer"]
         self.kl_coef = settings.first_kl_coef
         self.rollouts = self.answers = self.episodes = self.updates = self.saves = 0
