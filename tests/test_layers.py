@@ -39,7 +39,7 @@ TREE = [
         1,
         "training",
         "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
-        "ranks stopping random_states trackers saves plots supervised",
+        "ranks stopping random_states trackers saves plots page supervised",
     ),
     (1.5, "text", "tokenizer_files"),
     (
@@ -62,7 +62,7 @@ TREE = [
         "watch samples inspection run group_settings probe premises identities judge_checks preflight footprint "
         "pieces plan trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
         "direct_records direct_model direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison "
-        "evaluation",
+        "rollout_page evaluation",
     ),
     (
         5,

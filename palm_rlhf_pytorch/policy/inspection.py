@@ -150,14 +150,17 @@ def inspected(trainer: Trainer, lesson: Lesson, count: int, held_out_scores: Ten
     rollout, targets = lesson.read(rows)
     mask, new = rollout.response_mask, torch.zeros_like(rollout.logprobs)
     spans = rollout.spans()
+    limit = trainer.settings.max_batch_tokens
     with evaluating(trainer.actor_critic):
-        for part in row_batches(spans, range(len(spans)), device=device, max_tokens=trainer.settings.max_batch_tokens):
-            some = part.numbers.cpu()
-            new[some, : part.steps] = trainer.actor_critic(
-                rollout.sequences[some, : part.total].to(device), rollout.prompt_lengths[some].to(device), part.steps,
-                temperature=rollout.temperature, lengths=rollout.lengths[some].to(device), num_tokens=part.num_tokens,
-                entropy_grad=False,
-            ).logprobs.float().cpu()  # fmt: skip
+        for part in row_batches(spans, range(len(spans)), device=torch.device("cpu"), max_tokens=limit):
+            some = part.numbers
+            sequences, prompts, lengths = (
+                tensor[some].to(device) for tensor in (rollout.sequences, rollout.prompt_lengths, rollout.lengths)
+            )
+            now = trainer.actor_critic.logprobs(
+                sequences[:, : part.total], prompts, part.steps, temperature=rollout.temperature, lengths=lengths
+            )
+            new[some, : part.steps] = now.float().cpu()
     ratios, clipped = trainer.learner.loss.clipping(new, rollout.logprobs, targets.advantages, mask)
     known = {"rewards": targets.rewards, "advantages": targets.advantages, "ratios": ratios, "clipped": clipped}
     known |= {"values": rollout.values, "returns": targets.returns} if lesson.values else {}
@@ -205,6 +208,22 @@ def token_texts(tokenizer: Any, ids: set[int]) -> dict[int, str]:
             text = f"\\x{token:02X}" if is_byte else f"<{token}>"
         found[token] = text
     return found
+
+
+def token_text(update: InspectedUpdate, token: int) -> str:
+    """The text of a token, or its number in <> where that is not known."""
+    return update.texts.get(token, f"<{token}>")
+
+
+def shown(text: str, *, alone: bool = False) -> str:
+    """A token's text with what cannot be seen written in signs: ends of lines, tabs, control characters.
+
+    Args:
+        text: of a token.
+        alone: whether it stands alone: then spaces are written too.
+    """
+    text = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣" if alone else " ")
+    return "".join(c if c.isprintable() or c == " " else f"\\x{ord(c):02X}" for c in text)
 
 
 # files
