@@ -39,7 +39,7 @@ TREE = [
         1,
         "training",
         "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
-        "ranks stopping random_states trackers saves plots page supervised",
+        "ranks stopping random_states trackers saves curves charts plots page runs_page supervised",
     ),
     (1.5, "text", "tokenizer_files"),
     (
