@@ -4,6 +4,7 @@ What a method adds is its loss, its settings and what its rows teach: `policy/pp
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -44,6 +45,13 @@ class OnlineTrainer(PolicyTrainer):
                 loop.prove()
             history, self.stopped = loop.run()
         return history
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What the run is, for trackers: method, settings, model, the call of `train` if there is one."""
+        own = {"trainer": self.kind, "seed": self.seed, **self.settings.plain()}
+        own |= {"processes": self.ranks.count, "mixed_precision": self.accelerator.mixed_precision}
+        return own | {"palm": self.actor_critic.palm.config, "call": {} if self.call is None else asdict(self.call)}
 
     def preflight(
         self,

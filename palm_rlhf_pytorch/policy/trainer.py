@@ -4,7 +4,6 @@ Knows no loss and no loop; `policy/ppo.py` is one that adds them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -134,13 +133,6 @@ class PolicyTrainer:
     def kind(self) -> str:
         """What its checkpoints are of."""
         return type(self).__name__
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What the run is, for trackers: method, settings, model, the call of `train` if there is one."""
-        own = {"trainer": self.kind, "seed": self.seed, **self.settings.plain()}
-        own |= {"processes": self.ranks.count, "mixed_precision": self.accelerator.mixed_precision}
-        return own | {"palm": self.actor_critic.palm.config, "call": {} if self.call is None else asdict(self.call)}
 
     def next_prompts(self, count: int) -> PromptBatch:
         """This process's share of the next prompts: ids (b, p), mask (b, p) and rows (b,), on the training device.

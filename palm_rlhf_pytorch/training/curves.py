@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import GLOSSARY, read_metrics
@@ -233,7 +235,8 @@ def _read(path: Path, name: str) -> RunCurves:
         lines[line["step"]] = line
     if not lines:
         raise ValueError(f"{path} holds no whole line yet: there is nothing to draw")
-    return RunCurves(name, path, [lines[step] for step in sorted(lines)], _settings(path.parent))
+    own = _settings(path.parent) if path.name == METRICS else {}
+    return RunCurves(name, path, [lines[step] for step in sorted(lines)], own or _options(path))
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -262,6 +265,16 @@ def _settings(folder: Path) -> dict[str, Any]:
             found |= _flat(known) if isinstance(known, Mapping) else {}
         return {name: value for name, value in found.items() if name not in PROGRESS}
     return {}
+
+
+def _options(metrics: Path) -> dict[str, Any]:
+    """The options of the command that made a run, where it has left them beside the metrics."""
+    path = metrics.with_name(metrics.name.removesuffix(METRICS) + "config.yaml")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):  # someone else's file
+        return {}
+    return _flat(found) if isinstance(found, Mapping) else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
