@@ -99,7 +99,7 @@ class Trackers:
                 tracker.log_table(name, columns, rows, step=step)
 
     def _start(self, accelerator: Accelerator, config: Mapping[str, Any], step: int) -> None:
-        names = [getattr(tracker, "name", None) or str(tracker) for tracker in accelerator.log_with]
+        names = [kind.name if isinstance(kind, GeneralTracker) else str(kind) for kind in accelerator.log_with]
         try:
             accelerator.init_trackers(
                 self.tracking.project, config=flattened(config), init_kwargs=self._arguments(names, step)
