@@ -68,10 +68,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"saved {args.html}")
         return 0
     best = sum(row.best for row in update.rows)
-    print(f"{path}: {update.trainer}, update {update.step}; {len(update.rows)} rows, the first {best} are the best")
+    told = [f"{path}: {update.trainer}, update {update.step}; {len(update.rows)} rows, the first {best} are the best"]
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for number in rows if rows is not None else [0]:
-        print(f"\n{rollout_text(update, number, colours=colours)}")
+    told += [f"\n{rollout_text(update, number, colours=colours)}" for number in ([0] if rows is None else rows)]
+    try:
+        print("\n".join(told), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not raise at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

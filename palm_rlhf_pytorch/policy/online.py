@@ -120,7 +120,8 @@ class OnlineTrainer(PolicyTrainer):
             version=min(self.updates, int(source.versions.max())),  # a rollout handed in may be older than the policy
             kind=self.lesson,
         )  # fmt: skip
-        self.taught, random = lesson, partial(self.learning_generator, self.updates)
+        self.taught = lesson if self.kept_rollouts.folder is not None else None
+        random = partial(self.learning_generator, self.updates)
         metrics |= self.learner.update(lesson, random=random, progress=progress, on_step=on_step)
         episodes = num_fresh * self.ranks.count
         self.episodes += episodes

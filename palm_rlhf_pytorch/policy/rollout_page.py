@@ -23,8 +23,11 @@ COLUMNS = (
     ("clipped", "clipped", "the ratio has left the trust region on the side that earns: it teaches no more"),
 )
 COLOURS = (("advantages", "advantage"), ("kl", "KL"), ("logprobs", "log-probability"))  # what tokens are coloured by
-HIGH, LOW = "0, 114, 178", "213, 94, 0"  # blue and vermilion: told apart with any kind of colour vision
+HIGH, LOW = "var(--high)", "var(--low)"
 STYLE = f"""
+/* blue and vermilion: told apart with any kind of colour vision */
+:root {{ --high: 0, 114, 178; --low: 213, 94, 0; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --high: 60, 160, 235; --low: 255, 120, 40; }} }}
 fieldset {{ border: 0; padding: 0; margin: 12px 0; display: inline-block; }} label {{ margin-right: 14px; }}
 .by {{ margin: 0 4px 0 0; }} .legend {{ display: none; color: var(--muted); }}
 .legend i {{ display: inline-block; width: 160px; height: 11px; margin: 0 8px; vertical-align: -1px; border-radius: 3px;
@@ -72,11 +75,11 @@ def rollout_page(update: InspectedUpdate, *, rows: Sequence[int] | None = None, 
         f'<span class="legend legend-{key}">{-spread[key]:.2g}<i></i>{spread[key]:.2g}; underlined: clipped</span>'
         for key, _ in COLOURS
     )
-    sections = "\n".join(_section(update, row, spread) for row in chosen)
+    sections = "\n".join(_section(update, row, spread, first=row == chosen[0]) for row in chosen)
     return document(title, f"{head}<span>Coloured by</span> {radios} {legends}\n<main>{sections}</main>", style=STYLE)
 
 
-def _section(update: InspectedUpdate, number: int, spread: dict[str, float]) -> str:
+def _section(update: InspectedUpdate, number: int, spread: dict[str, float], *, first: bool) -> str:
     """One rollout: what is said of it, its text, its table."""
     row = update.rows[number]
     prompt = "".join(_text(shown(token_text(update, token))) for token in row.prompt)
@@ -93,10 +96,11 @@ def _section(update: InspectedUpdate, number: int, spread: dict[str, float]) -> 
         )
     table = f'<div class="wide"><table><thead><tr><th class="number">#</th><th>token</th>{heads}</tr></thead>'
     table += f"<tbody>{chr(10).join(lines)}</tbody></table></div>"
+    opened = " open" if first else ""
     return (
         f'<section id="r{number}"><h3>{escape(summary(row, number))}</h3>'
         f'<div class="text mono"><span class="prompt">{prompt}</span>{tokens}</div>'
-        f"<details open><summary>numbers of each token</summary>{table}</details></section>"
+        f"<details{opened}><summary>numbers of each token</summary>{table}</details></section>"
     )
 
 

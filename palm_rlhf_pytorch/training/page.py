@@ -22,7 +22,7 @@ h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8p
 p { margin: 4px 0 12px; } .muted, caption, figcaption { color: var(--muted); }
 code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; } caption { text-align: left; padding-bottom: 6px; }
+table { border-collapse: collapse; font-size: 13px; } caption { text-align: left; padding: 10px 0 6px; }
 th, td { padding: 3px 10px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -58,7 +58,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "") -> str:
-    """A table: numbers on the right, floats with four digits that count, None empty, texts as they are.
+    r"""A table: numbers on the right, floats with four digits that count, None empty; control characters as \xNN.
 
     Args:
         columns: heads, plain text.
@@ -79,4 +79,5 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str
 
 def _cell(value: Any, number: bool) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02X}" for c in text)
     return f'<td class="{"number" if number else "text"}">{escape(text)}</td>'
