@@ -71,10 +71,7 @@ def run(args: argparse.Namespace) -> int:
     told = [f"{path}: {update.trainer}, update {update.step}; {len(update.rows)} rows, the first {best} are the best"]
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     told += [f"\n{rollout_text(update, number, colours=colours)}" for number in ([0] if rows is None else rows)]
-    try:
-        print("\n".join(told), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not raise at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(told))
     return 0
 
 

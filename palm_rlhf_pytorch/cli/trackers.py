@@ -27,13 +27,11 @@ def tracking_of(args: argparse.Namespace, *, name: str | None = None) -> Trackin
         name: of the run; None takes its folder's.
 
     Raises:
-        ValueError: if there is no such tracker, or it is not installed.
+        ImportError: if a tracker is not installed.
+        ValueError: if there is no such tracker.
     """
     names: list[Any] | None = getattr(args, "log_with", None)
-    try:
-        check_trackers(names)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    check_trackers(names)
     return None if names is None else Tracking(log_with=names, project=args.project, name=name)
 
 
