@@ -31,13 +31,14 @@ setup(
             "matplotlib",
             "transformers",
             "shtab",
+            "tensorboard",
         ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "completion": ["shtab"],  # palm-rlhf --print-completion
         "hf": ["transformers", "tokenizers", "datasets"],  # tokenizers, chat templates, classifiers as judges, data
-        "plot": ["matplotlib"],  # reliability plots
-        "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}
-        "tensorboard": ["tensorboard"],  # accelerate_kwargs={"log_with": "tensorboard", "project_dir": ...}
+        "plot": ["matplotlib"],  # learning curves, reliability plots
+        "wandb": ["wandb"],  # log_with="wandb"
+        "tensorboard": ["tensorboard"],  # log_with="tensorboard"
     },
     entry_points={"console_scripts": ["palm-rlhf=palm_rlhf_pytorch.cli.main:main"]},
     keywords=["reinforcement learning", "human feedback", "language model", "transformers"],

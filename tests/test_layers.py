@@ -39,7 +39,8 @@ TREE = [
         1,
         "training",
         "optimizer optimizers atomic foreign_file tensor_file tensor_reader optimizer_state manifest folder "
-        "tensor_stream checkpoint metrics ranks stopping random_states saves plots supervised",
+        "tensor_stream checkpoint metrics ranks stopping random_states trackers saves curves charts plots page "
+        "runs_page supervised",
     ),
     (1.5, "text", "tokenizer_files"),
     (
@@ -60,16 +61,16 @@ TREE = [
         "policy",
         "prompts settings ppo_settings pretraining arguments actor_critic critic_start sharding rollout targets "
         "progress losses judging scores answers records rollout_file experience learning diagnostics groups doctor "
-        "watch samples run group_settings probe premises identities judge_checks preflight footprint pieces plan "
-        "trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
+        "watch samples inspection run group_settings probe premises identities judge_checks preflight footprint "
+        "pieces plan trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
         "direct_records direct_model direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison "
-        "evaluation",
+        "rollout_page evaluation",
     ),
     (
         5,
         "cli",
-        "device config completion models generate chat_session chat pretrain reward_ask reward runs ppo check plan "
-        "grpo dpo evaluate convert demo_text demo_report demo_pairs demo main",
+        "device config completion models trackers generate chat_session chat pretrain reward_ask reward runs ppo check "
+        "plan grpo dpo evaluate convert inspect plot demo_text demo_report demo_pairs demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

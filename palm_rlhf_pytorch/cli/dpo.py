@@ -19,6 +19,7 @@ from palm_rlhf_pytorch.cli.models import (
     tokenizer_name,
 )
 from palm_rlhf_pytorch.cli.reward import add_reading_arguments, read
+from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.objectives.direct import (
     dpo_loss,
     hinge_loss,
@@ -88,6 +89,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("--no-preflight", "leave out the checks before the first step"),
     ):
         parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=meaning)  # shows no default
+    add_tracker_arguments(parser)
     add_device_argument(parser)
     parser.set_defaults(run=run)
 
@@ -197,6 +199,7 @@ def trainer_of(
         "palm": palm, "tokenizer": tokenizer, "eos_token": tokenizer.eos_token,
         "held_out": held_out or None, "max_length": args.max_length,
         "seed": args.seed, "run_dir": args.run_dir, "accelerate_kwargs": {"cpu": device.type == "cpu"}, "lr": args.lr,
+        "log_with": tracking_of(args),
         "lora_r": args.lora_r, "minibatch_size": args.minibatch_size, "max_batch_tokens": args.max_batch_tokens,
         "save_every": args.save_every,
     }  # fmt: skip

@@ -7,11 +7,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from palm_rlhf_pytorch.cli import chat, check, convert, demo, dpo, evaluate, generate, grpo, plan, ppo, pretrain, reward
+from palm_rlhf_pytorch.cli import (
+    chat,
+    check,
+    convert,
+    demo,
+    dpo,
+    evaluate,
+    generate,
+    grpo,
+    inspect,
+    plan,
+    plot,
+    ppo,
+    pretrain,
+    reward,
+)
 from palm_rlhf_pytorch.cli.completion import add_completion_argument
 from palm_rlhf_pytorch.cli.config import ConfigError, add_config_argument, take_config
 
-COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, chat, evaluate, convert)
+COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, chat, evaluate, plot, inspect, convert)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 CUT_OFF = 141  # 128 + SIGPIPE
 

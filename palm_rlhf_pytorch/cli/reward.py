@@ -24,6 +24,7 @@ from palm_rlhf_pytorch.cli.models import (
 )
 from palm_rlhf_pytorch.cli.pretrain import metrics_path
 from palm_rlhf_pytorch.cli.reward_ask import ON_BAD_RECORD, add_ask_options
+from palm_rlhf_pytorch.cli.trackers import accelerator_of, add_tracker_arguments, tracked
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.agreement import annotator_weights, measure_agreement, merge_annotators
 from palm_rlhf_pytorch.reward.assessment import assess
@@ -123,6 +124,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     learning.add_argument(
         "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
     )
+    add_tracker_arguments(parser)
     add_device_argument(parser)
 
 
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     palm, tokenizer = load_model(args.palm, tokenizer=tokenizer_name(args))
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the present one
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = accelerator_of(args, cpu=device.type == "cpu")
     say = accelerator.print
     with Ranks(accelerator).together():  # all look before one of them writes
         folders = _folders(args)
@@ -164,7 +166,9 @@ def run(args: argparse.Namespace) -> int:
     members = judge.models if isinstance(judge, RewardEnsemble) else [judge]
     for number, (member, folder) in enumerate(zip(members, folders, strict=True)):
         own = train if len(members) == 1 else bootstrap(train, seed=args.seed + number)
-        found = _train(member, own, held_out, args, prompt_tokenizer(args, tokenizer), folder, number, accelerator)
+        name = args.out.with_stem(args.out.stem if len(members) == 1 else f"{args.out.stem}.{number}")
+        with tracked(args, accelerator, name):
+            found = _train(member, own, held_out, args, prompt_tokenizer(args, tokenizer), folder, number, accelerator)
         if found.stopped is not None:
             say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
             return 0

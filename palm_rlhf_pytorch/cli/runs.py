@@ -23,6 +23,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
+from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.policy.preflight import PreflightError
@@ -82,6 +83,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, defaults: PolicySettings)
     )
     learning = parser.add_argument_group("learning")
     _add_learning_arguments(learning, defaults)
+    add_tracker_arguments(parser)
     add_device_argument(parser)
     return learning
 
@@ -148,6 +150,7 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
         "seed": args.seed,
         "run_dir": run_dir,
         "accelerate_kwargs": {"cpu": device.type == "cpu"},
+        "log_with": None if run_dir is None else tracking_of(args),
         "actor_lr": args.actor_lr,
         "epochs": args.epochs,
         "minibatch_size": args.minibatch_size,
