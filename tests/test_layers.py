@@ -42,6 +42,7 @@ TREE = [
         "ranks stopping random_states saves plots supervised",
     ),
     (1.5, "text", "tokenizer_files"),
+    (1.5, "text", "sources corpus excerpts demonstrations packing"),
     (
         2,
         "palm",
