@@ -39,7 +39,7 @@ TREE = [
         1,
         "training",
         "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
-        "ranks stopping random_states saves plots supervised",
+        "ranks stopping random_states saves best plots supervised",
     ),
     (1.5, "text", "tokenizer_files"),
     (1.5, "text", "sources corpus excerpts demonstrations packing"),
@@ -47,7 +47,7 @@ TREE = [
         2,
         "palm",
         "inputs sampling responses graphs generation pretrained config scopes text_generation copying block decoding "
-        "transformer",
+        "transformer text_training pretraining finetuning",
     ),
     (
         3,
