@@ -32,6 +32,8 @@ setup(
             "transformers",
             "shtab",
             "tensorboard",
+            "nbclient",
+            "ipykernel",
         ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "completion": ["shtab"],  # palm-rlhf --print-completion

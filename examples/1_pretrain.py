@@ -18,7 +18,7 @@ from palm_rlhf_pytorch.training.optimizers import muon
 parser = options(__doc__)
 parser.add_argument("--tokenizer", default="bytes", help="or a tokenizer.json, a folder, a name on the Hub")
 args = parser.parse_args()
-num_steps, num_bytes, dim = (10, 200_000, 32) if args.quick else (300, 2_000_000, 128)
+num_steps, num_bytes, dim = (10, 200_000, 32) if args.quick else (300, 2_000_000, 64)
 args.out.mkdir(parents=True, exist_ok=True)
 
 # a line of the file is a paragraph; any text files and folders would do
@@ -38,7 +38,7 @@ samples = Samples(
     tell=lambda step, prompt, sample: print(f"after {step} steps: {prompt}{sample!r}"),
 )
 loop = TextLoop(
-    lr=3e-3,
+    lr=5e-3,
     optimizer=muon,  # any function from parameter groups to an optimizer; without it AdamW
     samples=samples,
     eval_every=max(num_steps // 4, 1),

@@ -40,8 +40,8 @@ found = train_reward_model(
     tokenizer,
     eos_token=tokenizer.eos_token,
     held_out=held_out,
-    epochs=1 if args.quick else 6,
-    lr=1e-3,
+    epochs=1 if args.quick else 5,
+    lr=2e-3,
     metrics=MetricsLog(args.out / "reward.jsonl"),
     description="3 reward model",
 )

@@ -23,8 +23,8 @@ trainer = RLHFTrainer(
     held_out_judge=text_judge(each(rule), tokenizer),
     prompts=[asked(question) for question in questions(held_out=False)],
     tokenizer=tokenizer,
-    actor_lr=1e-3,
-    critic_lr=2e-3,
+    actor_lr=2e-3,
+    critic_lr=4e-3,
     kl_coef=0.02,
     minibatch_size=32,
     watch=WatchSettings(),  # ends the run if the score rises while the held-out judge's falls

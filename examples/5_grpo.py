@@ -28,7 +28,7 @@ trainer = GRPOTrainer(
     tokenizer=tokenizer,
     objective=DAPO,  # or GRPO, DR_GRPO, RLOO, GSPO, or one made of their parts
     group_size=8,
-    actor_lr=1e-3,
+    actor_lr=2e-3,
     minibatch_size=32,
     run_dir=args.out / "grpo",
 )

@@ -1,4 +1,4 @@
-"""7. Who has become better? The models of 4, 5 and 6 beside the one they began from, on questions none of them saw.
+"""7. Who has become better? The models of 4, 5 and 6 beside the one they began from, on questions nobody judged.
 
 answers of both to the same questions -> the reward model and the rule -> win rates with intervals
 """

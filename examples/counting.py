@@ -22,12 +22,12 @@ def options(doc):
 
 
 def questions(*, held_out):
-    """Four fifths of all questions to learn from, or the fifth that no example learns from."""
+    """Four fifths of all questions to be judged on, or the fifth on which no answer is ever judged."""
     numbers = range(LARGEST + 1)
     pairs = [(start, end) for start in numbers for end in numbers if abs(start - end) in SPANS]
     random.Random(0).shuffle(pairs)
     cut = len(pairs) // 5
-    return [f"Count from {start} to {end}." for start, end in (pairs[:cut] if held_out else pairs[cut:])]
+    return [f"From {start} to {end}?" for start, end in (pairs[:cut] if held_out else pairs[cut:])]
 
 
 def asked(question):

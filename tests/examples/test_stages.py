@@ -21,21 +21,21 @@ def test_example_is_short(path):
 @pytest.mark.parametrize(
     ("question", "answer", "score"),
     [
-        ("Count from 3 to 6.", " 3 4 5 6", 1.0),
-        ("Count from 11 to 8.", "11 10 9 8", 1.0),
+        ("From 3 to 6?", " 3 4 5 6", 1.0),
+        ("From 11 to 8?", "11 10 9 8", 1.0),
         # three of four numbers: 2 * 3 / 7; "3 4 6" of "3 4 5 6", all five characters: 2 * 5 / 12
-        ("Count from 3 to 6.", " 3 4 6", (6 / 7 + 10 / 12) / 2),
-        ("Count from 3 to 6.", "", 0.0),
+        ("From 3 to 6?", " 3 4 6", (6 / 7 + 10 / 12) / 2),
+        ("From 3 to 6?", "", 0.0),
     ],
 )
 def test_rule_scores_what_was_said(question, answer, score):
     assert COUNTING["rule"](COUNTING["asked"](question), answer) == pytest.approx(score)
 
 
-def test_no_question_is_both_learnt_from_and_held_out():
-    learnt, kept = (COUNTING["questions"](held_out=held) for held in (False, True))
-    assert not set(learnt) & set(kept)
-    assert len(learnt) + len(kept) == 220  # 31 numbers, of which 29, 28, 27 and 26 pairs are 2 to 5 apart, both ways
+def test_no_question_is_both_judged_and_kept():
+    judged, kept = (COUNTING["questions"](held_out=held) for held in (False, True))
+    assert not set(judged) & set(kept)
+    assert len(judged) + len(kept) == 220  # 31 numbers, of which 29, 28, 27 and 26 pairs are 2 to 5 apart, both ways
 
 
 @pytest.mark.filterwarnings("ignore:.*steps teach little:UserWarning")
