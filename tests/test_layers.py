@@ -43,6 +43,7 @@ TREE = [
         "runs_page supervised",
     ),
     (1.5, "text", "tokenizer_files"),
+    (1.5, "text", "sources corpus excerpts demonstrations packing"),
     (
         2,
         "palm",
