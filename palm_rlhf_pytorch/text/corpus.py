@@ -9,7 +9,8 @@ The folder stands whole or not at all (training/folder.py). Knows no model.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.text.datasets import BadRecord, stop_at_bad_record
-from palm_rlhf_pytorch.text.sources import BadTextError, Source, find_sources, read_pieces
+from palm_rlhf_pytorch.text.sources import BadTextError, Piece, Source, find_sources, read_pieces
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.folder import NewFolder
 
 VERSION = 1
+AT_ONCE, MOST_AT_ONCE = 2**19, 4096  # characters and pieces that are tokenised together
 TOKENS, DOCUMENTS, MANIFEST = "tokens.bin", "documents.bin", "manifest.json"
 PROBE = "The quick brown fox, 1984.\n\n\tdéjà vu – 我们 🙂 <|endoftext|> <s> [INST] don't  x_y != 3.14;"
 
@@ -168,6 +170,16 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
+def let_go(array: np.ndarray) -> None:
+    """Give back the pages of a memory map that were read: they would count as this process's memory for ever.
+
+    The system keeps them in its cache while it has room; any other array is left alone.
+    """
+    base: object = array.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 class _Writer:
     """Appends the ids of one file after the other; a file that turns out to be no text is taken back."""
 
@@ -207,15 +219,17 @@ class _Writer:
 
     def _add(self, path: Path) -> int:
         text_bytes, open_document = 0, False
-        for piece in read_pieces(path, column=self.column, on_bad_record=self.on_bad_record):
-            if piece.begins:
-                if open_document:
-                    self._end()
-                self.starts.write(np.array([self.num_tokens], dtype="<i8").tobytes())
-                self.num_documents += 1
-                open_document = True
-            self._write(self.tokenizer.encode(piece.text).numpy())
-            text_bytes += len(piece.text.encode())
+        pieces = read_pieces(path, column=self.column, on_bad_record=self.on_bad_record)
+        for some in _batches(pieces):
+            for piece, ids in zip(some, self.tokenizer([piece.text for piece in some]), strict=True):
+                if piece.begins:
+                    if open_document:
+                        self._end()
+                    self.starts.write(np.array([self.num_tokens], dtype="<i8").tobytes())
+                    self.num_documents += 1
+                    open_document = True
+                self._write(ids.numpy())
+                text_bytes += len(piece.text.encode())
         if open_document:
             self._end()
         return text_bytes
@@ -243,6 +257,20 @@ class _Writer:
             "files": [asdict(file) for file in self.files], "left_out": self.left_out,
             "seen": [dict(zip(("path", "size", "changed"), seen, strict=True)) for seen in self.seen],
         }  # fmt: skip
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces, several at a time: a tokenizer may take them on several cores."""
+    some: list[Piece] = []
+    length = 0
+    for piece in pieces:
+        some.append(piece)
+        length += len(piece.text)
+        if length >= AT_ONCE or len(some) == MOST_AT_ONCE:
+            yield some
+            some, length = [], 0
+    if some:
+        yield some
 
 
 def _state(path: Path) -> tuple[str, int, int]:

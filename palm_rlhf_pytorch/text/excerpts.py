@@ -4,6 +4,7 @@ Nothing is read before it is asked for. Knows no model; all randomness comes fro
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.text.corpus import Corpus
+from palm_rlhf_pytorch.text.corpus import Corpus, let_go
+
+LET_GO_EVERY = 32  # batches
 
 
 class Excerpt:
@@ -156,9 +159,11 @@ class Windows:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         last = len(self.excerpt) - self.length + 1
-        while True:
+        for number in itertools.count(1):
             places = torch.randint(last, (self.batch_size * self.ranks,), generator=generator)
             yield read_windows(self.excerpt, places[self.rank :: self.ranks], self.length, documents=self.documents)
+            if number % LET_GO_EVERY == 0:
+                let_go(self.excerpt.tokens)
 
 
 def read_windows(

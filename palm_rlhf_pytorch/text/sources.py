@@ -22,7 +22,7 @@ PLAIN = tuple(
     ".txt .text .md .markdown .rst .org .tex .adoc .html .htm .xml .css .yaml .yml .toml .py .pyi .js .jsx"
     " .ts .tsx .c .h .cc .cpp .hpp .cu .cs .java .kt .go .rs .rb .php .swift .scala .hs .lua .r .jl .sql .sh".split()
 )
-PIECE = 2**18  # characters: what a tokenizer makes of them is small beside a model
+PIECE = 2**15  # characters
 CHUNK = 2**20  # bytes read at a time
 
 
@@ -80,7 +80,7 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
 def read_pieces(
     path: Path, *, column: str = "text", on_bad_record: Callable[[BadRecord], None] = stop_at_bad_record
 ) -> Iterator[Piece]:
-    r"""The documents of a file, each in pieces of some 260,000 characters; empty ones are passed over.
+    r"""The documents of a file, each in pieces of some 30,000 characters; empty ones are passed over.
 
     Pieces are cut before the first letter of a line where one of the lines allows it, so that a tokenizer that looks
     no further than a word gives the same ids as for the whole; where none does, between two characters.
