@@ -39,7 +39,7 @@ TREE = [
         1,
         "training",
         "optimizer optimizers atomic foreign_file tensor_file tensor_reader optimizer_state manifest folder "
-        "tensor_stream checkpoint metrics ranks stopping random_states trackers saves curves charts plots page "
+        "tensor_stream checkpoint metrics ranks stopping random_states trackers saves best curves charts plots page "
         "runs_page supervised",
     ),
     (1.5, "text", "tokenizer_files"),
@@ -48,8 +48,7 @@ TREE = [
         2,
         "palm",
         "inputs sampling responses graphs generation config pretrained scopes text_generation copying hub files block "
-        "decoding "
-        "transformer",
+        "decoding transformer text_training pretraining finetuning",
     ),
     (
         3,

@@ -7,7 +7,7 @@ alone; a model keeps the examples of a row apart by `begins`.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -169,7 +169,7 @@ def packed_batch(packed: Packed, rows: Sequence[int]) -> dict[str, Tensor]:
     return batch
 
 
-def count_targets(batch: dict[str, Tensor]) -> Tensor:
+def count_targets(batch: Mapping[str, Tensor]) -> Tensor:
     """How many tokens a batch's loss is over."""
     chosen = batch["targets"].clone()
     chosen[:, 0] = False
