@@ -49,10 +49,10 @@ class Finetuning(TextTraining):
 
 def finetune(
     palm: PaLM,
-    dialogues: Sequence[Demonstration] | Demonstrations,
+    dialogues: Sequence[Demonstration] | Demonstrations | Packed,
     tokenizer: Tokenizer,
     *,
-    held_out: Sequence[Demonstration] | Demonstrations = (),
+    held_out: Sequence[Demonstration] | Demonstrations | Packed = (),
     length: int = 1024,
     batch_size: int = 8,
     epochs: int = 1,
@@ -65,7 +65,8 @@ def finetune(
 
     Args:
         palm: trained in place, where it is, or where the loop's accelerator places it.
-        dialogues: what to learn from; `read_demonstrations` makes them of rows and files.
+        dialogues: what to learn from; `read_demonstrations` makes them of rows and files. What `pack_dialogues` gave
+            is taken as it is, whatever `length` and `packing` say.
         tokenizer: gives the ids; its chat template writes the turns, if it has one.
         held_out: what to judge by; share no dialogue with `dialogues` (`split_by_group`). Of more than 256 packed rows
             that many are taken.
@@ -86,9 +87,8 @@ def finetune(
         raise ValueError(f"tokenizer has {tokenizer.num_tokens} ids, the model num_tokens={palm.num_tokens}")
     check_length(length, palm.max_length, name="length")
     ranks = Ranks(loop.accelerator)
-    train = pack([example_of(record, tokenizer) for record in _records(dialogues)], length=length, several=packing)
-    judged = [example_of(record, tokenizer) for record in _records(held_out)]
-    held = pack(judged, length=length, several=packing) if judged else None
+    train = _packed(dialogues, tokenizer, length=length, packing=packing)
+    held = _packed(held_out, tokenizer, length=length, packing=packing) if held_out else None
     batches = PackedBatches(
         train, batch_size=batch_size, epochs=epochs, accumulate=loop.accumulate, seed=seed, rank=ranks.rank,
         ranks=ranks.count,
@@ -113,6 +113,17 @@ def finetune(
             if done is not None and done.stopped is None:
                 palm.merge_adapter(adapter)
     return Finetuning(done.num_steps, done.best_step, done.metrics, done.stopped, train, held)
+
+
+def pack_dialogues(
+    dialogues: Sequence[Demonstration] | Demonstrations, tokenizer: Tokenizer, *, length: int, packing: bool = True
+) -> Packed:
+    """Dialogues as rows of ids, and how much of them was cut or left out; arguments as in `finetune`.
+
+    Raises:
+        ValueError: if no dialogue has anything to learn from within `length`.
+    """
+    return pack([example_of(record, tokenizer) for record in _records(dialogues)], length=length, several=packing)
 
 
 def held_out_rows(packed: Packed, tokenizer: Tokenizer, *, batch_size: int = 8) -> HeldOutText:
@@ -140,17 +151,25 @@ def samples_of(
         records: dialogues; held-out ones show what is learnt rather than remembered.
         tokenizer: of the model.
         count: prompts at most.
-        length: tokens of prompt and response at most; longer prompts are passed over.
+        length: tokens of a prompt at most; longer ones are passed over.
         max_new_tokens: of a sample.
     """
     prompts: list[torch.Tensor] = []
     for record in _records(records):
         prompt = prompt_of(record, tokenizer)
         new = prompt is not None and not any(torch.equal(prompt, other) for other in prompts)
-        if prompt is not None and new and 0 < len(prompt) <= length - max_new_tokens and len(prompts) < count:
+        if prompt is not None and new and 0 < len(prompt) <= length and len(prompts) < count:
             prompts.append(prompt)
     ends = end_token(tokenizer)
     return Samples(prompts, tokenizer, max_new_tokens, end_token=ends, stops=stop_strings(tokenizer))
+
+
+def _packed(
+    given: Sequence[Demonstration] | Demonstrations | Packed, tokenizer: Tokenizer, *, length: int, packing: bool
+) -> Packed:
+    if isinstance(given, Packed):
+        return given
+    return pack_dialogues(given, tokenizer, length=length, packing=packing)
 
 
 def _records(given: Sequence[Demonstration] | Demonstrations) -> Sequence[Demonstration]:

@@ -22,6 +22,7 @@ from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf_pytorch.training.best import Best
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
+from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import Saves
 from palm_rlhf_pytorch.training.supervised import fit
@@ -161,6 +162,7 @@ class TextLoop:
         warmup_steps: steps until the peak; None for a tenth of them, 100 at most.
         max_norm: gradients are scaled down to this norm; None leaves them.
         accumulate: batches of an optimizer step, in each process.
+        optimizer: makes an optimizer of parameter groups, see `fit`; None for AdamW.
         eval_every: steps between two evaluations; None for ten in all, but at least 50 steps apart.
         patience: the run ends after so many evaluations without a new best one, and the best weights are kept; None
             goes through all steps and keeps the last.
@@ -179,6 +181,7 @@ class TextLoop:
     warmup_steps: int | None = None
     max_norm: float | None = 1.0
     accumulate: int = 1
+    optimizer: OptimizerFactory | None = None
     eval_every: int | None = None
     patience: int | None = None
     samples: Samples | None = None
@@ -218,7 +221,7 @@ class TextLoop:
             max_norm=self.max_norm, accumulate=self.accumulate, accelerator=self.accelerator, eval_every=eval_every,
             evaluate=None if held_out is None else lambda: held_out.evaluate(model, accelerator=self.accelerator),
             stop=stop, metrics=self.metrics, progress=self.progress, description=self.description,
-            parameters=parameters, saves=saves,
+            parameters=parameters, saves=saves, optimizer=self.optimizer,
         )  # fmt: skip
         stopped = None if saves is None else saves.stopped
         if best is not None and stopped is None:

@@ -19,8 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.text.datasets import BadRecord, stop_at_bad_record
+from palm_rlhf_pytorch.text.hf_tokenizer import HFTokenizer
 from palm_rlhf_pytorch.text.sources import BadTextError, Piece, Source, find_sources, read_pieces
-from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer, Tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import tokenizer_digest
 from palm_rlhf_pytorch.training.folder import NewFolder
 
 VERSION = 1
@@ -50,7 +52,7 @@ class Corpus:
         tokens: ids of all documents, (n,), a memory map.
         starts: place of each document's first token, rising, (documents,), a memory map.
         files: what each source gave, in order.
-        tokenizer: fingerprint of the tokenizer, see `tokenizer_digest`.
+        tokenizer: fingerprint of the tokenizer, see `fingerprint`.
         digest: SHA-256 of the ids.
         left_out: a message for each file of a folder that is no text, or holds none.
     """
@@ -158,16 +160,17 @@ def open_or_write(
         kept = [[file["path"], file["size"], file["changed"]] for file in manifest.get("seen", [])]
         same = kept == [list(_state(source.path)) for source in find_sources(texts)]
         told = manifest.get("tokenizer"), manifest.get("column"), manifest.get("vocabulary")
-        if same and told == (tokenizer_digest(tokenizer), column, tokenizer.num_tokens):
+        if same and told == (fingerprint(tokenizer), column, tokenizer.num_tokens):
             return Corpus.open(path)
     return write_tokens(texts, tokenizer, path, column=column, **options)
 
 
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Fingerprint of a tokenizer: its size, its special tokens, and what it makes of a line of text."""
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """What tells tokenizers apart: the vocabulary, where it can be written down, and what they make of a line."""
+    vocabulary = tokenizer_digest(tokenizer) if isinstance(tokenizer, ByteTokenizer | HFTokenizer) else None
     special = (tokenizer.num_tokens, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    told = (type(tokenizer).__name__, special, tokenizer.encode(PROBE).tolist())
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+    told = (type(tokenizer).__name__, vocabulary, special, tokenizer.encode(PROBE).tolist())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def let_go(array: np.ndarray) -> None:
@@ -252,7 +255,7 @@ class _Writer:
         """What the manifest says."""
         return {
             "kind": "corpus", "version": VERSION, "dtype": self.dtype.str, "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents, "tokenizer": tokenizer_digest(self.tokenizer),
+            "num_documents": self.num_documents, "tokenizer": fingerprint(self.tokenizer),
             "vocabulary": self.tokenizer.num_tokens, "column": column, "digest": self.hash.hexdigest(),
             "files": [asdict(file) for file in self.files], "left_out": self.left_out,
             "seen": [dict(zip(("path", "size", "changed"), seen, strict=True)) for seen in self.seen],
