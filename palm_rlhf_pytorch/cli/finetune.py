@@ -20,6 +20,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     told_of_bad_records,
 )
 from palm_rlhf_pytorch.palm.finetuning import finetune, pack_dialogues, samples_of
+from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.text_training import Samples
 from palm_rlhf_pytorch.text.datasets import BadRecord, split_by_group
 from palm_rlhf_pytorch.text.demonstrations import Demonstration, Demonstrations, read_demonstrations
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     begin(args, accelerator)
     torch.manual_seed(args.seed)
     palm, tokenizer = load_model(args.palm, "cpu", tokenizer=tokenizer_name(args))
+    check_length(args.length, palm.max_length, name="length")
     say, bad = accelerator.print, list[BadRecord]()
     train, held_out = _split(args, bad)
     say_bad(say, [str(record) for record in bad], "rows")

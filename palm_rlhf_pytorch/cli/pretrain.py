@@ -20,6 +20,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     size_of,
     told_of_bad_records,
 )
+from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.pretraining import bits_per_byte, held_out_windows, pretrain
 from palm_rlhf_pytorch.palm.text_training import Samples, TextLoss
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     accelerator = accelerator_of(args)
     begin(args, accelerator)
     palm, tokenizer = _model(args)
+    check_length(args.length, palm.max_length, name="length")
     train, held_out = _texts(args, tokenizer, accelerator)
     palm.to(accelerator.device)
     tokens = args.steps * args.accumulate * args.batch_size * args.length * accelerator.num_processes

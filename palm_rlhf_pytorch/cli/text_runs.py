@@ -183,4 +183,5 @@ def _stop_at(bad: BadRecord) -> NoReturn:
 
 
 def _tell(step: int, prompt: str, sample: str) -> None:
-    tqdm.write(f"step {step:,} sample: {printable(prompt)} >> {printable(sample)}", file=sys.stdout)
+    shown = (printable(text).replace("\n", "\\n") for text in (prompt, sample))
+    tqdm.write(f"step {step:,} sample: {' >> '.join(shown)}", file=sys.stdout)

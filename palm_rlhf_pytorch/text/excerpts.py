@@ -6,7 +6,7 @@ Nothing is read before it is asked for. Knows no model; all randomness comes fro
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Excerpt:
         self.tokens, self.starts, self._digest = tokens, starts, digest
         self.begins = kept[:, 0]
         self.ends = np.cumsum(kept[:, 1] - kept[:, 0])  # of each stretch, in the run
+        inner = np.searchsorted(starts, kept[:, 1]) - np.searchsorted(starts, kept[:, 0], side="right")
+        self.num_documents = int(inner.sum()) + len(kept)
 
     @classmethod
     def of(cls, tokens: Tensor | np.ndarray, *, eos_token: int | None = None) -> "Excerpt":
@@ -121,9 +123,10 @@ def whole_corpus(corpus: Corpus) -> Excerpt:
 class Windows:
     """Random windows of an excerpt, forever; every start is equally likely.
 
-    Iterating yields `{"seq": (b, n), "begins": (b, n)}`, ids and where documents begin; "begins" is left out where no
-    window has a document's beginning within it, so that attention needs no mask. Each iterator begins anew. Of several
-    processes each takes its own windows, and together they take those of one process with a batch so much larger.
+    Iterating yields `{"seq": (b, n), "begins": (b, n), "weight": w}`: ids; where documents begin, left out where no
+    window has a beginning within it, so that attention needs no mask; and the batch's number of targets over what it
+    is on average: with it as the loss's factor a token counts the same whatever its batch. Each iterator begins anew.
+    Of several processes each takes its own windows, together those of one process with a batch so much larger.
 
     Args:
         excerpt: what is read.
@@ -156,14 +159,23 @@ class Windows:
         told = [self.excerpt.digest, self.length, self.batch_size, self.seed, self.documents, self.rank, self.ranks]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor | float]]:
         generator = torch.Generator().manual_seed(self.seed)
         last = len(self.excerpt) - self.length + 1
         for number in itertools.count(1):
             places = torch.randint(last, (self.batch_size * self.ranks,), generator=generator)
-            yield read_windows(self.excerpt, places[self.rank :: self.ranks], self.length, documents=self.documents)
+            batch = read_windows(self.excerpt, places[self.rank :: self.ranks], self.length, documents=self.documents)
+            yield {**batch, "weight": self._weight(batch)}
             if number % LET_GO_EVERY == 0:
                 let_go(self.excerpt.tokens)
+
+    def _weight(self, batch: Mapping[str, Tensor]) -> float:
+        possible = self.batch_size * (self.length - 1)
+        if not self.documents or not possible:
+            return 1.0
+        begun = int(batch["begins"][:, 1:].sum()) if "begins" in batch else 0
+        usual = possible * (1 - self.excerpt.num_documents / len(self.excerpt))
+        return (possible - begun) / max(usual, 1.0)
 
 
 def read_windows(

@@ -207,6 +207,18 @@ def test_an_excerpt_of_an_array_reads_every_window_as_the_array_has_it():
     assert read_windows(excerpt, [0, 1], 3)["begins"].tolist() == [[True, False, False], [False, False, True]]
 
 
+def test_weights_of_windows_average_to_one_target_each():
+    tokens = torch.tensor(([1] * 5 + [9] + [2] * 3 + [9]) * 500)
+    windows = iter(Windows(Excerpt.of(tokens, eos_token=9), length=7, batch_size=400, seed=1))
+    batch = next(windows)
+    targets = 400 * 6 - int(batch["begins"][:, 1:].sum())
+    assert batch["weight"] == pytest.approx(targets / (400 * 6 * 0.8))  # two tokens of ten begin a document
+    assert batch["weight"] == pytest.approx(1, abs=0.03)
+    assert next(iter(Windows(Excerpt.of(tokens), length=7, batch_size=2, seed=1)))["weight"] == pytest.approx(
+        1, abs=1e-3
+    )
+
+
 def test_windows_of_several_processes_are_those_of_one():
     excerpt = Excerpt.of(torch.arange(50) % 11, eos_token=10)
     one = Windows(excerpt, length=5, batch_size=6, seed=3)
