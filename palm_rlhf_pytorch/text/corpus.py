@@ -1,6 +1,6 @@
 """A corpus of any size as token ids in a file: written once, piece by piece, then read through a memory map.
 
-    folder/tokens.bin       ids, uint16 or uint32, little-endian: all documents, each ended by the tokenizer's eos_token
+    folder/tokens.bin       ids, uint16 or uint32, little-endian: all documents, each from bos_token to eos_token
     folder/documents.bin    where each document begins, int64
     folder/manifest.json    tokenizer, sources, counts, SHA-256 of the tokens
 
@@ -25,7 +25,7 @@ from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import tokenizer_digest
 from palm_rlhf_pytorch.training.folder import NewFolder
 
-VERSION = 1
+VERSION = 1  # of the files
 AT_ONCE, MOST_AT_ONCE = 2**19, 4096  # characters and pieces that are tokenised together
 TOKENS, DOCUMENTS, MANIFEST = "tokens.bin", "documents.bin", "manifest.json"
 PROBE = "The quick brown fox, 1984.\n\n\tdéjà vu – 我们 🙂 <|endoftext|> <s> [INST] don't  x_y != 3.14;"
@@ -102,7 +102,8 @@ def write_tokens(
 ) -> Corpus:
     """Tokenise files into a folder; what it takes of memory does not grow with the corpus.
 
-    Each document, a file or a row, is ended by the tokenizer's eos_token, if it has one. A corpus that stands at path
+    Each document, a file or a row, begins with the tokenizer's bos_token and ends with its eos_token, if it has them:
+    so a model learns how texts begin, which `generate_text` of an empty prompt asks for. A corpus that stands at path
     is replaced at the end; a call that is killed leaves it as it was, and the next one begins anew.
 
     Args:
@@ -227,19 +228,20 @@ class _Writer:
             for piece, ids in zip(some, self.tokenizer([piece.text for piece in some]), strict=True):
                 if piece.begins:
                     if open_document:
-                        self._end()
+                        self._write_special(self.tokenizer.eos_token)
                     self.starts.write(np.array([self.num_tokens], dtype="<i8").tobytes())
                     self.num_documents += 1
+                    self._write_special(self.tokenizer.bos_token)
                     open_document = True
                 self._write(ids.numpy())
                 text_bytes += len(piece.text.encode())
         if open_document:
-            self._end()
+            self._write_special(self.tokenizer.eos_token)
         return text_bytes
 
-    def _end(self) -> None:
-        if self.tokenizer.eos_token is not None:
-            self._write(np.array([self.tokenizer.eos_token]))
+    def _write_special(self, token: int | None) -> None:
+        if token is not None:
+            self._write(np.array([token]))
 
     def _write(self, ids: np.ndarray) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.tokenizer.num_tokens:

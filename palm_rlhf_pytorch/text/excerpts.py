@@ -44,7 +44,9 @@ class Excerpt:
 
     @classmethod
     def of(cls, tokens: Tensor | np.ndarray, *, eos_token: int | None = None) -> "Excerpt":
-        """An array or memory map of ids (n,); its documents end with eos_token, None where there is but one.
+        """An array of ids (n,), read once as a whole; its documents end with eos_token, None where there is but one.
+
+        What is larger than memory is for `write_tokens`.
 
         Raises:
             TypeError: if they are not integers.

@@ -39,7 +39,7 @@ EXPECTED = b"x = 1\n", b"first", b"second\n", b"one\ntwo\nthree", "é".encode()
 
 def test_a_folder_becomes_documents_and_what_is_no_text_is_named(folder, tmp_path):
     corpus = write_tokens([folder], ByteTokenizer(), tmp_path / "tokens", progress=False)
-    expected = [[*text, 257] for text in EXPECTED]
+    expected = [[256, *text, 257] for text in EXPECTED]
     assert corpus.tokens.tolist() == sum(expected, [])
     assert corpus.tokens.dtype == np.uint16
     assert np.diff([*corpus.starts, len(corpus.tokens)]).tolist() == [len(text) for text in expected]
@@ -72,7 +72,7 @@ def test_rows_without_text_can_be_left_out(tmp_path):
     bad = []
     corpus = write_tokens([path], ByteTokenizer(), tmp_path / "t", on_bad_record=bad.append, progress=False)
     assert [record.line for record in bad] == [2, 3]
-    assert corpus.tokens.tolist() == [97, 257, 99, 257]
+    assert corpus.tokens.tolist() == [256, 97, 257, 256, 99, 257]
 
 
 @pytest.mark.parametrize("piece", [7, 90])
@@ -122,10 +122,10 @@ def test_a_corpus_is_written_again_only_when_something_changed(tmp_path, monkeyp
         patch.setattr("palm_rlhf_pytorch.text.corpus.read_pieces", None)
         assert open_or_write([path], ByteTokenizer(), tokens).digest == first.digest
     path.write_text("abcd")
-    assert open_or_write([path], ByteTokenizer(), tokens, progress=False).tokens.tolist() == [*b"abcd", 257]
+    assert open_or_write([path], ByteTokenizer(), tokens, progress=False).tokens.tolist() == [256, *b"abcd", 257]
     tokenizer = ByteTokenizer()
-    tokenizer.eos_token = 256
-    assert open_or_write([path], tokenizer, tokens, progress=False).tokens.tolist() == [*b"abcd", 256]
+    tokenizer.eos_token = 258
+    assert open_or_write([path], tokenizer, tokens, progress=False).tokens.tolist() == [256, *b"abcd", 258]
 
 
 def test_what_a_kill_left_is_cleared_away_and_another_folder_is_never_replaced(tmp_path):
@@ -133,7 +133,7 @@ def test_what_a_kill_left_is_cleared_away_and_another_folder_is_never_replaced(t
     path.write_text("abc")
     (tmp_path / ".tokens.partial").mkdir()
     (tmp_path / ".tokens.partial" / "tokens.bin").write_bytes(b"half")
-    assert write_tokens([path], ByteTokenizer(), tokens, progress=False).files[0].tokens == 4
+    assert write_tokens([path], ByteTokenizer(), tokens, progress=False).files[0].tokens == 5
     assert not (tmp_path / ".tokens.partial").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -164,7 +164,7 @@ def test_a_damaged_corpus_is_refused(tmp_path):
     tokens = tmp_path / "tokens"
     write_tokens([tmp_path / "a.txt"], ByteTokenizer(), tokens, progress=False)
     (tokens / "tokens.bin").write_bytes(b"ab")
-    with pytest.raises(ValueError, match="tokens.bin has 2 bytes, not 8"):
+    with pytest.raises(ValueError, match="tokens.bin has 2 bytes, not 10"):
         Corpus.open(tokens)
     manifest = json.loads((tokens / "manifest.json").read_text())
     (tokens / "manifest.json").write_text(json.dumps(manifest | {"version": 9}))
@@ -186,14 +186,14 @@ def test_tails_of_files_are_held_out_and_rows_stay_whole(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefg")
     (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in ("kl", "mnopq", "rs")))
     corpus = write_tokens([tmp_path / "a.txt", tmp_path / "b.jsonl"], ByteTokenizer(), tmp_path / "t", progress=False)
-    train, tails = split_corpus(corpus, 0.3)  # of a: 5.6 of 8 tokens; of b: 8.4 of 12, where rows begin at 3 and 9
+    train, tails = split_corpus(corpus, 0.3)  # of a: 6.3 of 9 tokens; of b: 10.5 of 15, where rows begin at 4 and 11
     ids, begins = train.read(0, len(train))
-    assert ids.tolist() == [*b"abcdef", *b"kl", 257, *b"mnopq", 257]
-    assert begins.nonzero()[0].tolist() == [0, 6, 9]
+    assert ids.tolist() == [256, *b"abcde", 256, *b"kl", 257, 256, *b"mnopq", 257]
+    assert begins.nonzero()[0].tolist() == [0, 6, 10]
     ids, begins = tails.read(0, len(tails))
-    assert ids.tolist() == [*b"g", 257, *b"rs", 257]
-    assert begins.nonzero()[0].tolist() == [0, 2]
-    assert train.read(4, 6)[0].tolist() == [*b"efkl", 257, *b"m"] and train.digest != tails.digest
+    assert ids.tolist() == [*b"fg", 257, 256, *b"rs", 257]
+    assert begins.nonzero()[0].tolist() == [0, 3]
+    assert train.read(4, 6)[0].tolist() == [*b"de", 256, *b"kl", 257] and train.digest != tails.digest
 
 
 def test_an_excerpt_of_an_array_reads_every_window_as_the_array_has_it():
