@@ -19,6 +19,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     size_of,
     told_of_bad_records,
 )
+from palm_rlhf_pytorch.cli.trackers import tracked
 from palm_rlhf_pytorch.palm.finetuning import finetune, pack_dialogues, samples_of
 from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.text_training import Samples
@@ -100,10 +101,11 @@ def run(args: argparse.Namespace) -> int:
     loop = loop_of(args, accelerator, samples)
     if accelerator.is_main_process:
         save_config(args, config_beside(args.out))
-    found = finetune(
-        palm, packed, tokenizer, held_out=held or (), length=args.length, batch_size=args.batch_size,
-        epochs=args.epochs, lora_r=getattr(args, "lora_r", None), seed=args.seed, loop=loop,
-    )  # fmt: skip
+    with tracked(args, accelerator, args.out):
+        found = finetune(
+            palm, packed, tokenizer, held_out=held or (), length=args.length, batch_size=args.batch_size,
+            epochs=args.epochs, lora_r=getattr(args, "lora_r", None), seed=args.seed, loop=loop,
+        )  # fmt: skip
     return finish(args, accelerator, palm, tokenizer, found)
 
 

@@ -28,8 +28,22 @@ from palm_rlhf_pytorch.cli.completion import add_completion_argument
 from palm_rlhf_pytorch.cli.config import ConfigError, add_config_argument, take_config
 
 COMMANDS = (
-    demo, pretrain, finetune, reward, check, plan, ppo, grpo, dpo, generate, chat, evaluate, plot, inspect, convert,
-)  # fmt: skip
+    demo,
+    pretrain,
+    finetune,
+    reward,
+    check,
+    plan,
+    ppo,
+    grpo,
+    dpo,
+    generate,
+    chat,
+    evaluate,
+    plot,
+    inspect,
+    convert,
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 CUT_OFF = 141  # 128 + SIGPIPE
 

@@ -20,6 +20,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     size_of,
     told_of_bad_records,
 )
+from palm_rlhf_pytorch.cli.trackers import tracked
 from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.pretraining import bits_per_byte, held_out_windows, pretrain
 from palm_rlhf_pytorch.palm.text_training import Samples, TextLoss
@@ -122,10 +123,11 @@ def run(args: argparse.Namespace) -> int:
     loop = loop_of(args, accelerator, Samples(prompts, tokenizer, end_token=tokenizer.eos_token))
     if accelerator.is_main_process:
         save_config(args, config_beside(args.out))
-    found = pretrain(
-        palm, train, tokenizer, num_steps=args.steps, held_out=held_out, length=args.length,
-        batch_size=args.batch_size, documents=documents, seed=args.seed, loop=loop,
-    )  # fmt: skip
+    with tracked(args, accelerator, args.out):
+        found = pretrain(
+            palm, train, tokenizer, num_steps=args.steps, held_out=held_out, length=args.length,
+            batch_size=args.batch_size, documents=documents, seed=args.seed, loop=loop,
+        )  # fmt: skip
     return finish(args, accelerator, palm, tokenizer, found)
 
 

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable
+from palm_rlhf_pytorch.cli.trackers import accelerator_of as tracked_accelerator_of
+from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments
 from palm_rlhf_pytorch.palm.text_training import Samples, TextLoop, TextTraining
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.datasets import BadRecord
@@ -21,7 +23,7 @@ from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer, tokenizer_pat
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
+from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import clear, strangers
 
 PRECISIONS = ("float32", "bf16")
@@ -56,6 +58,7 @@ def add_learning_arguments(parser: argparse.ArgumentParser, *, lr: float, lr_mea
     watching.add_argument(
         "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
     )
+    add_tracker_arguments(watching)
     add_device_argument(parser)
 
 
@@ -78,7 +81,7 @@ def accelerator_of(args: argparse.Namespace) -> Accelerator:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the present one
     precision = {} if args.precision == "float32" else {"mixed_precision": args.precision}
-    return new_accelerator({"cpu": device.type == "cpu", **precision})
+    return tracked_accelerator_of(args, cpu=device.type == "cpu", **precision)
 
 
 def metrics_path(out: Path) -> Path:

@@ -136,8 +136,9 @@ def write_tokens(
         ):
             writer = _Writer(tokens, starts, tokenizer, column, on_bad_record)
             for source in sources:
-                writer.add(source)
-                bar.update(source.path.stat().st_size)
+                before = bar.n
+                writer.add(source, bar.update)
+                bar.update(before + writer.seen[-1][1] - bar.n)  # of what is compressed, or was passed over
             if not writer.num_tokens:
                 raise ValueError(f"{', '.join(map(str, texts))}: no text in {len(sources):,} files; add some")
             manifest = json.dumps(writer.manifest(column), indent=1)
@@ -199,12 +200,12 @@ class _Writer:
         self.seen: list[tuple[str, int, int]] = []
         self.left_out: list[str] = []
 
-    def add(self, source: Source) -> None:
-        """Take in a file; one that a folder holds and that is no text is left out."""
+    def add(self, source: Source, advance: Callable[[int], object]) -> None:
+        """Take in a file, telling of its bytes; one that a folder holds and that is no text is left out."""
         before = (self.hash.copy(), self.num_tokens, self.num_documents)
         self.seen.append(_state(source.path))
         try:
-            text_bytes = self._add(source.path)
+            text_bytes = self._add(source.path, advance if source.path.suffix != ".gz" else lambda _: None)
             if self.num_tokens == before[1]:
                 raise BadTextError(f"{source.path} is empty: leave it out")
         except BadTextError as error:
@@ -221,8 +222,8 @@ class _Writer:
         counts = self.num_tokens - before[1], self.num_documents - before[2], text_bytes
         self.files.append(SourceFile(*self.seen[-1], *counts))
 
-    def _add(self, path: Path) -> int:
-        text_bytes, open_document = 0, False
+    def _add(self, path: Path, advance: Callable[[int], object]) -> int:
+        text_bytes, told, open_document = 0, 0, False
         pieces = read_pieces(path, column=self.column, on_bad_record=self.on_bad_record)
         for some in _batches(pieces):
             for piece, ids in zip(some, self.tokenizer([piece.text for piece in some]), strict=True):
@@ -235,6 +236,8 @@ class _Writer:
                     open_document = True
                 self._write(ids.numpy())
                 text_bytes += len(piece.text.encode())
+            advance(text_bytes - told)
+            told = text_bytes
         if open_document:
             self._write_special(self.tokenizer.eos_token)
         return text_bytes
