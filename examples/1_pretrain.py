@@ -7,11 +7,8 @@ import torch
 from counting import options
 
 from palm_rlhf_pytorch import PaLM
-from palm_rlhf_pytorch.palm.pretraining import pretrain
-from palm_rlhf_pytorch.palm.text_training import Samples, TextLoop
-from palm_rlhf_pytorch.text import load_tokenizer, python_documentation, save_tokenizer
-from palm_rlhf_pytorch.text.corpus import open_or_write
-from palm_rlhf_pytorch.text.excerpts import split_corpus
+from palm_rlhf_pytorch.palm import Samples, TextLoop, pretrain
+from palm_rlhf_pytorch.text import load_tokenizer, open_or_write, python_documentation, save_tokenizer, split_corpus
 from palm_rlhf_pytorch.training import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import muon
 

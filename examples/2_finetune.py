@@ -10,10 +10,8 @@ import torch
 from counting import MAX_NEW_TOKENS, asked, careless, options, questions, share_right
 
 from palm_rlhf_pytorch import PaLM
-from palm_rlhf_pytorch.palm.finetuning import finetune
-from palm_rlhf_pytorch.palm.text_training import TextLoop
-from palm_rlhf_pytorch.text import save_tokenizer, tokenizer_of
-from palm_rlhf_pytorch.text.demonstrations import read_demonstrations
+from palm_rlhf_pytorch.palm import TextLoop, finetune
+from palm_rlhf_pytorch.text import read_demonstrations, save_tokenizer, tokenizer_of
 from palm_rlhf_pytorch.training import MetricsLog
 
 args = options(__doc__).parse_args()
