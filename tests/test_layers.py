@@ -69,8 +69,9 @@ TREE = [
     (
         5,
         "cli",
-        "device config completion models trackers generate chat_session chat text_runs pretrain finetune reward_ask "
-        "reward runs ppo check plan grpo dpo evaluate convert inspect plot demo_text demo_report demo_pairs demo main",
+        "device config completion outcomes models trackers generate chat_session chat text_runs pretrain finetune "
+        "reward_ask reward runs ppo check plan grpo dpo evaluate convert inspect plot demo_text demo_report "
+        "demo_pairs demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from palm_rlhf_pytorch.cli.config import config_beside
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable
+from palm_rlhf_pytorch.cli.outcomes import left_as_found, stopped_code
 from palm_rlhf_pytorch.cli.trackers import accelerator_of as tracked_accelerator_of
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments
 from palm_rlhf_pytorch.palm.text_training import Samples, TextLoop, TextTraining
@@ -101,6 +104,7 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         ValueError: if a file cannot go where it should, or the folder holds something else, or a run that is not
             resumed.
     """
+    check_target(args.out)  # before a name beside it is made
     folder = args.out.with_name(f"{args.out.stem}.run")
     with Ranks(accelerator).together():
         for path in (args.out, tokenizer_path(args.out), samples_path(args.out)):
@@ -115,6 +119,13 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         if Checkpoints(folder).steps() and not hasattr(args, "resume"):
             raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
     return folder
+
+
+def beginning(args: argparse.Namespace, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """A block that begins to learn: where it is refused, what an earlier run wrote beside --out stays."""
+    return left_as_found(
+        accelerator, metrics=[metrics_path(args.out)], others=[samples_path(args.out), config_beside(args.out)]
+    )
 
 
 def loop_of(args: argparse.Namespace, accelerator: Accelerator, samples: Samples) -> TextLoop:
@@ -140,7 +151,7 @@ def finish(
     say = accelerator.print
     if found.stopped is not None:
         say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
-        return 0
+        return stopped_code(found.stopped)
     if accelerator.is_main_process:
         save_tokenizer(tokenizer, args.out)
         palm.save(args.out)
