@@ -38,6 +38,16 @@ def test_file_gives_defaults_and_the_command_line_stands_above_it(tmp_path):
     assert (found["texts"], found["actor_lr"], found["steps"], found["palm"]) == (["c"], 5.0, 2, "p.pt")
 
 
+@pytest.mark.parametrize("flag", ["--config", "--conf"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_file_is_read_however_the_parser_takes_the_flag(tmp_path, flag, joined):
+    path = tmp_path / "run.yaml"
+    path.write_text("palm: p.pt\nsteps: 7\n")
+    parser, argv = parser_of(), ["a", *([f"{flag}={path}"] if joined else [flag, str(path)])]
+    take_config(parser, argv, command="fit")
+    assert parser.parse_args(argv).steps == 7
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
