@@ -46,6 +46,10 @@ COMMANDS = (
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 CUT_OFF = 141  # 128 + SIGPIPE
+ORIGIN = (
+    "The name palm-rlhf-pytorch on PyPI belongs to the original project, another program: install this one from its"
+    " repository."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on.
+        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on; a run that a signal stops
+        saves first, and gives 130 (SIGINT) or 143 (SIGTERM).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands; each sets `run`, which takes the arguments and returns an exit code."""
-    parser = argparse.ArgumentParser(prog="palm-rlhf", description="RLHF on a PaLM language model.")
+    parser = argparse.ArgumentParser(prog="palm-rlhf", description="RLHF on a PaLM language model.", epilog=ORIGIN)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
