@@ -129,9 +129,9 @@ def prompt_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer) -> Tokenize
 
 
 def _tokenizer_of(path_or_name: str | Path, num_tokens: int, tokenizer: str | None) -> Tokenizer:
-    name = str(path_or_name)
-    if tokenizer is None and Path(path_or_name).exists():
-        return tokenizer_of(path_or_name, num_tokens=num_tokens)
+    name, path = str(path_or_name), Path(path_or_name).expanduser()
+    if tokenizer is None and path.exists():
+        return tokenizer_of(path, num_tokens=num_tokens)
     if tokenizer is None:  # on the Hub: the tokenizer in the model's repository, or the one it is known to have
         tokenizer = PUBLISHED[name].tokenizer if name in PUBLISHED else name
     found = load_tokenizer(tokenizer)
