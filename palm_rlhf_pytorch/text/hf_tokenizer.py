@@ -231,12 +231,13 @@ def _answers(name: str) -> bool:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)  # what its HTTP client raises
+    # what its HTTP client raises; ValueError if it is no repository's name
+    unreachable = (ValueError, *cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__))
     try:
         HfApi().model_info(name, timeout=TIMEOUT)
     except HfHubHTTPError:  # a refusal, which transformers words
         return True
-    except (ValueError, *unreachable):  # or it is no repository's name
+    except unreachable:
         return False
     return True
 
