@@ -232,7 +232,7 @@ def _answers(name: str) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     # what its HTTP client raises; ValueError if it is no repository's name
-    unreachable = (ValueError, *cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__))
+    unreachable = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))
     try:
         HfApi().model_info(name, timeout=TIMEOUT)
     except HfHubHTTPError:  # a refusal, which transformers words
