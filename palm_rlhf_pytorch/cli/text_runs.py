@@ -30,6 +30,8 @@ from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import clear, strangers
 
 PRECISIONS = ("float32", "bf16")
+# options that count something; checked before files of an earlier run are removed
+COUNTS = ("accumulate", "sample_tokens", "save_every", "batch_size", "eval_every", "patience", "epochs", "lora_r")
 
 
 def add_learning_arguments(parser: argparse.ArgumentParser, *, lr: float, lr_meaning: str) -> None:
@@ -74,11 +76,15 @@ def accelerator_of(args: argparse.Namespace) -> Accelerator:
     device = device_of(args)
     if not args.lr > 0:
         raise ValueError(f"--lr {args.lr} must be above 0")
-    for name in ("accumulate", "sample_tokens", "save_every", "batch_size"):
-        if getattr(args, name) < 1:
+    for name in COUNTS:
+        if getattr(args, name, 1) < 1:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: {name} ({getattr(args, name)}) must be at least 1"
             )
+    if getattr(args, "warmup_steps", 0) < 0:
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: must be at least 0")
+    if hasattr(args, "patience") and args.held_out == 0 and not hasattr(args, "validation"):
+        raise ValueError(f"--patience {args.patience} counts evaluations, and --held-out 0 leaves nothing to judge by")
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples}: must be at least 0")
     if device.type == "cuda" and device.index is not None:
