@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
-FOLDERS = {"DIR", "RUN"}
-FILES = {"FILE", "TEXT", "PALM", "CHECKPOINT", "SOURCE", "OUT", "LABELS"}
+FOLDERS = {"DIR", "FOLDER"}
+FILES = {"FILE", "RUN", "TEXT", "PALM", "A", "B", "SOURCE", "OUT", "DATA", "DIALOGUES", "NAME_OR_PATH"}  # or folders
 
 
 class PrintCompletion(argparse.Action):

@@ -47,7 +47,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="the model to begin from: a file, a folder, or a name on the Hugging Face Hub",
     )  # fmt: skip
     add_tokenizer_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("finetuned.pt"), help="the model; its metrics go beside it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("finetuned.pt"), metavar="FILE", help="the model; its metrics go beside it"
+    )
     text = parser.add_argument_group("dialogues")
     text.add_argument("--length", type=int, default=1024, metavar="N", help="tokens of a row; longer dialogues are cut")
     text.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a batch, in each process")

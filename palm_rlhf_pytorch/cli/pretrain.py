@@ -52,7 +52,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="text file, or folder of text files")
-    parser.add_argument("--out", type=Path, default=Path("palm.pt"), help="the model; what belongs to it goes beside")
+    parser.add_argument(
+        "--out", type=Path, default=Path("palm.pt"), metavar="FILE", help="the model; what belongs to it goes beside"
+    )
     _add_text_arguments(parser)
     model = parser.add_argument_group("the model")
     model.add_argument(

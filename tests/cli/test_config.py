@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import shtab
 import yaml
 
 from palm_rlhf_pytorch.cli import main as entry
@@ -109,3 +110,16 @@ def test_completion_knows_each_command(shell, capsys):
     assert stop.value.code == 0
     script = capsys.readouterr().out
     assert all(name in script for name in ("pretrain", "evaluate", "max-new-tokens"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("plot", "runs"), ("finetune", "dialogues"), ("reward", "data"), ("pretrain", "out"), ("dpo", "tokenizer")],
+)
+def test_completion_offers_files_where_files_are_taken(command, option, capsys):
+    parser = entry.build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--print-completion", "bash"])
+    (action,) = (action for action in commands.choices[command]._actions if action.dest == option)
+    assert action.complete == shtab.FILE
