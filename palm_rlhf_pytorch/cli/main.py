@@ -7,11 +7,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from palm_rlhf_pytorch.cli import check, demo, dpo, evaluate, generate, grpo, plan, ppo, pretrain, reward
+from palm_rlhf_pytorch.cli import check, demo, dpo, evaluate, feedback, generate, grpo, plan, ppo, pretrain, reward
 from palm_rlhf_pytorch.cli.completion import add_completion_argument
 from palm_rlhf_pytorch.cli.config import ConfigError, add_config_argument, take_config
 
-COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, evaluate)
+COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, evaluate, feedback)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
