@@ -74,8 +74,8 @@ TREE = [
     (
         5,
         "cli",
-        "feedback device config completion generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text demo_report "
-        "demo_pairs demo main",
+        "feedback device config completion generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text "
+        "demo_report demo_pairs demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),
@@ -161,7 +161,7 @@ def test_every_file_imports_from_below_and_at_its_top():
         ("policy/ppo.py", "def late():\n    import json", "not at the top"),
         ("policy/ppo.py", "VALUE = 1\nimport json", "not at the top"),
         ("palm/__init__.py", "from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer", "no file below"),
-        ("policy/ppo.py", "def late():\n    from palm_rlhf_pytorch.feedback.models import Item", "alone"),
+        ("cli/ppo.py", "def late():\n    from palm_rlhf_pytorch.feedback.models import Item", "alone"),
         ("cli/feedback.py", "from palm_rlhf_pytorch.feedback.models import Item", "where it is used"),
         ("palm/__init__.py", "def more():\n    return 1", "more than imports"),
         ("palm/helpers.py", "VALUE = 1", "not in the tree"),

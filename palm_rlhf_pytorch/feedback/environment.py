@@ -1,7 +1,7 @@
 """What PALM_FEEDBACK_* variables say: data directory, secret key, database, hosts. Knows no Django.
 
 PALM_FEEDBACK_DIR          data directory; ./palm-feedback
-PALM_FEEDBACK_DATABASE     sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME; feedback.sqlite3 in the directory
+PALM_FEEDBACK_DATABASE     sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME; feedback.sqlite3 beside
 PALM_FEEDBACK_SECRET_KEY   secret of sessions and forms; the directory's secret.key, made when first asked for
 PALM_FEEDBACK_HOSTS        names the server answers to, beside those of this machine's loopback; separated by commas
 PALM_FEEDBACK_BEHIND_TLS   1: a proxy in front speaks TLS

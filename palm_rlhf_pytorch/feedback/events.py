@@ -11,7 +11,7 @@ from palm_rlhf_pytorch.feedback.models import Event
 class Limit(NamedTuple):
     """So many events of one verb, by one person or subject, in so many seconds."""
 
-    count: int
+    number: int
     seconds: int
 
 
@@ -49,7 +49,7 @@ def check(verb: str, limit: Limit, *, user: Any = None, subject: str = "") -> No
     events = Event.objects.filter(verb=verb, at__gt=since)
     events = events.filter(subject=subject[:150]) if user is None else events.filter(user=user)
     # the limit is reached while the event that far back is still within the time
-    times = list(events.order_by("-at").values_list("at", flat=True)[limit.count - 1 : limit.count])
+    times = list(events.order_by("-at").values_list("at", flat=True)[limit.number - 1 : limit.number])
     if times:
         seconds = max(1, int((times[0] - since).total_seconds()) + 1)
         raise ThrottledError(f"too many in a short time; try again in {seconds} s", seconds)

@@ -140,7 +140,11 @@ def undo(project: Project, user: Any) -> Assignment | None:
     if last is None:
         return None
     assignment, item = _locked(last.pk, user)
-    payload: dict[str, Any] = {"assignment": assignment.pk, "item": item.pk, "was": State(assignment.state).label}
+    payload: dict[str, Any] = {
+        "assignment": assignment.pk,
+        "item": item.pk,
+        "was": State(assignment.state).name.lower(),
+    }
     if assignment.state == State.DONE:
         judgement = assignment.judgement
         payload |= {name: getattr(judgement, name) for name in ("choice", "ratings", "ranking", "rules", "note", "ms")}

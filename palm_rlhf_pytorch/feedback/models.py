@@ -6,6 +6,7 @@
 What variable parts hold (JSON) is said at each field. Nothing here claims, counts or decides: claims.py, judgements.py.
 """
 
+from enum import IntEnum
 from typing import Any
 
 from django.conf import settings
@@ -13,20 +14,25 @@ from django.core.validators import MinValueValidator
 from django.db import models
 
 
-class Kind(models.IntegerChoices):
-    """What is asked about an item."""
+class Kind(IntEnum):
+    """What is asked about an item: which of two is better, each from 1 to 5, an order with the best first."""
 
-    PAIR = 1, "which of two is better"
-    RATING = 2, "each from 1 to 5"
-    RANKING = 3, "in order, best first"
+    PAIR = 1
+    RATING = 2
+    RANKING = 3
 
 
-class State(models.IntegerChoices):
+class State(IntEnum):
     """Of an assignment; one that is leased and past `expires` no longer keeps others from the item."""
 
-    LEASED = 1, "leased"
-    DONE = 2, "done"
-    SKIPPED = 3, "skipped"
+    LEASED = 1
+    DONE = 2
+    SKIPPED = 3
+
+
+def choices(codes: type[IntEnum]) -> list[tuple[int, str]]:
+    """Codes and their names, as a field takes them."""
+    return [(code.value, code.name.lower()) for code in codes]
 
 
 class Project(models.Model):
@@ -38,7 +44,7 @@ class Project(models.Model):
 
     name = models.CharField(max_length=100, unique=True)
     slug = models.SlugField(max_length=100, unique=True)
-    kind = models.PositiveSmallIntegerField(choices=Kind.choices, default=Kind.PAIR)
+    kind = models.PositiveSmallIntegerField(choices=choices(Kind), default=Kind.PAIR)
     instructions = models.TextField(blank=True)
     rules = models.JSONField(default=list, blank=True)
     required = models.PositiveSmallIntegerField(default=1, validators=[MinValueValidator(1)])
@@ -54,9 +60,10 @@ class Item(models.Model):
     """A prompt whose completions are judged.
 
     `prompt` is text, or a list of turns {"role", "content"}, as it was imported. `key` is the SHA-256 of prompt and
-    completions. `gold` is the known answer, None for most: {"choice": -1, 0 or 1}, below 0 where completion 0 is better;
-    {"ratings": [1 to 5, ...]} or {"ranks": [0 for the best, ...]} by place. An item is `ready` when its completions are
-    there. Higher `priority` comes first. `done` counts judgements. `round` counts rounds of sampling, 0 for imports.
+    completions. `gold` is the known answer, None for most: {"choice": -1, 0 or 1}, below 0 where completion 0 is
+    better; {"ratings": [1 to 5, ...]} or {"ranks": [0 for the best, ...]} by place. An item is `ready` when its
+    completions are there. Higher `priority` comes first. `done` counts judgements. `round` counts rounds of sampling,
+    0 for imports.
     """
 
     project = models.ForeignKey(Project, on_delete=models.PROTECT, related_name="items")
@@ -109,7 +116,7 @@ class Assignment(models.Model):
 
     item = models.ForeignKey(Item, on_delete=models.PROTECT, related_name="assignments")
     user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="palm_assignments")
-    state = models.PositiveSmallIntegerField(choices=State.choices, default=State.LEASED)
+    state = models.PositiveSmallIntegerField(choices=choices(State), default=State.LEASED)
     order = models.JSONField(default=list)
     started = models.DateTimeField()
     expires = models.DateTimeField()
@@ -136,8 +143,8 @@ class Judgement(models.Model):
 
     `choice` is as shown: -3 the first is much better, 0 a tie, 3 the second is; None says that both are bad, or that
     another thing was asked. `ratings` {completion id: 1 to 5}; `ranking` [completion id, ...] best first, those left
-    out unranked; `rules` {completion id: {rule: "yes", "no" or "unsure"}}. Keys of JSON are texts. `ms` counts from when
-    the item was given.
+    out unranked; `rules` {completion id: {rule: "yes", "no" or "unsure"}}. Keys of JSON are texts. `ms` counts from
+    when the item was given.
     """
 
     assignment = models.OneToOneField(Assignment, on_delete=models.PROTECT, related_name="judgement")
