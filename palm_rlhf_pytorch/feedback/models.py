@@ -44,7 +44,7 @@ class Project(models.Model):
 
     name = models.CharField(max_length=100, unique=True)
     slug = models.SlugField(max_length=100, unique=True)
-    kind = models.PositiveSmallIntegerField(choices=choices(Kind), default=Kind.PAIR)
+    kind = models.PositiveSmallIntegerField(choices=choices(Kind), default=Kind.PAIR.value)
     instructions = models.TextField(blank=True)
     rules = models.JSONField(default=list, blank=True)
     required = models.PositiveSmallIntegerField(default=1, validators=[MinValueValidator(1)])
@@ -116,7 +116,7 @@ class Assignment(models.Model):
 
     item = models.ForeignKey(Item, on_delete=models.PROTECT, related_name="assignments")
     user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="palm_assignments")
-    state = models.PositiveSmallIntegerField(choices=choices(State), default=State.LEASED)
+    state = models.PositiveSmallIntegerField(choices=choices(State), default=State.LEASED.value)
     order = models.JSONField(default=list)
     started = models.DateTimeField()
     expires = models.DateTimeField()
