@@ -68,8 +68,8 @@ TREE = [
     (
         4,
         "feedback",
-        "environment begin apps settings security models migrations.0001_initial events claims judgements accounts "
-        "views urls site wsgi server",
+        "codes environment begin apps settings security formats records models migrations.0001_initial events claims "
+        "judgements accounts imports exports agreement gold statistics views urls site wsgi server",
     ),
     (
         5,

@@ -19,7 +19,8 @@ from django.db.models import Count, Exists, F, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
-from palm_rlhf_pytorch.feedback.models import Assignment, Item, Project, State
+from palm_rlhf_pytorch.feedback.codes import State
+from palm_rlhf_pytorch.feedback.models import Assignment, Item, Project
 
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds before each try
 CANDIDATES = 64

@@ -14,7 +14,8 @@ from django.utils import timezone
 
 from palm_rlhf_pytorch.feedback import events
 from palm_rlhf_pytorch.feedback.claims import has_room, lock_user
-from palm_rlhf_pytorch.feedback.models import Assignment, Item, Judgement, Kind, Project, State
+from palm_rlhf_pytorch.feedback.codes import Kind, State
+from palm_rlhf_pytorch.feedback.models import Assignment, Item, Judgement, Project
 
 STEPS = 3  # of preference on each side of a tie
 STARS = (1, 2, 3, 4, 5)

@@ -6,33 +6,14 @@
 What variable parts hold (JSON) is said at each field. Nothing here claims, counts or decides: claims.py, judgements.py.
 """
 
-from enum import IntEnum
 from typing import Any
 
 from django.conf import settings
 from django.core.validators import MinValueValidator
 from django.db import models
 
-
-class Kind(IntEnum):
-    """What is asked about an item: which of two is better, each from 1 to 5, an order with the best first."""
-
-    PAIR = 1
-    RATING = 2
-    RANKING = 3
-
-
-class State(IntEnum):
-    """Of an assignment; one that is leased and past `expires` no longer keeps others from the item."""
-
-    LEASED = 1
-    DONE = 2
-    SKIPPED = 3
-
-
-def choices(codes: type[IntEnum]) -> list[tuple[int, str]]:
-    """Codes and their names, as a field takes them."""
-    return [(code.value, code.name.lower()) for code in codes]
+from palm_rlhf_pytorch.feedback.codes import Kind, State, choices
+from palm_rlhf_pytorch.feedback.formats import turns_of
 
 
 class Project(models.Model):
@@ -86,11 +67,9 @@ class Item(models.Model):
         return f"item {self.pk}"
 
     @property
-    def turns(self) -> list[dict[str, Any]]:
+    def turns(self) -> list[dict[str, str]]:
         """The prompt as turns {"role", "content"}; a plain one is a turn of the user's, an empty one none."""
-        if isinstance(self.prompt, str):
-            return [{"role": "user", "content": self.prompt}] if self.prompt else []
-        return list(self.prompt)
+        return turns_of(self.prompt)
 
 
 class Completion(models.Model):

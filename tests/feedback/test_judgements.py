@@ -7,9 +7,9 @@ pytest.importorskip("django", reason="needs the extra [feedback]")
 
 @pytest.fixture
 def api(database):
-    from palm_rlhf_pytorch.feedback import claims, judgements, models
+    from palm_rlhf_pytorch.feedback import claims, codes, judgements, models
 
-    return type("Api", (), {**vars(claims), **vars(judgements), **vars(models)})
+    return type("Api", (), {**vars(claims), **vars(judgements), **vars(models), **vars(codes)})
 
 
 def test_the_first_submit_counts_and_a_second_changes_nothing(api, make_project, people):
