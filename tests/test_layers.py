@@ -69,13 +69,13 @@ TREE = [
         4,
         "feedback",
         "codes environment begin apps settings security formats records models migrations.0001_initial events claims "
-        "judgements accounts imports exports agreement gold statistics views urls site wsgi server",
+        "judgements accounts imports exports agreement gold statistics checks views urls site wsgi server",
     ),
     (
         5,
         "cli",
-        "feedback device config completion generate pretrain reward runs ppo check plan grpo dpo evaluate demo_text "
-        "demo_report demo_pairs demo main",
+        "feedback_data feedback device config completion generate pretrain reward runs ppo check plan grpo dpo "
+        "evaluate demo_text demo_report demo_pairs demo main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

@@ -9,8 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from palm_rlhf_pytorch.cli.feedback_data import add_data_actions
 
 EXTRA = 'needs: pip install "palm-rlhf-pytorch[feedback]"'
 Run = Callable[[argparse.Namespace], int]
@@ -26,6 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     add_serve(commands)
     add_adduser(commands)
+    add_data_actions(partial(add_action, commands))
 
 
 def add_action(
@@ -102,8 +106,8 @@ def _set_variables(args: argparse.Namespace) -> None:
         names = [*names_of(args.host), *getattr(args, "allowed_host", [])]
         known = [name for name in environment.hosts() if name not in environment.LOOPBACK]
         os.environ[environment.PREFIX + "HOSTS"] = ",".join([*known, *names])
-        if args.behind_tls:
-            os.environ[environment.PREFIX + "BEHIND_TLS"] = "1"
+    if getattr(args, "behind_tls", False):
+        os.environ[environment.PREFIX + "BEHIND_TLS"] = "1"
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ class WithRest:
 
     @property
     def share(self) -> float | None:
-        """same / compared; None where there is nothing to compare."""
+        """Same / compared; None where there is nothing to compare."""
         return self.same / self.compared if self.compared else None
 
 

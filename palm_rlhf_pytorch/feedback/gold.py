@@ -19,7 +19,7 @@ class Accuracy(NamedTuple):
 
     @property
     def share(self) -> float | None:
-        """right / asked; None where nothing was asked."""
+        """Right / asked; None where nothing was asked."""
         return self.right / self.asked if self.asked else None
 
 

@@ -18,8 +18,8 @@ from datetime import datetime
 from itertools import combinations
 from typing import Any
 
-from palm_rlhf_pytorch.feedback.formats import Prompt, turns_of
 from palm_rlhf_pytorch.feedback.codes import Kind
+from palm_rlhf_pytorch.feedback.formats import Prompt, turns_of
 
 GOOD = 4  # stars from which a rating says that a response is good, and as many below the middle that it is bad
 MIDDLE = 3

@@ -44,7 +44,7 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """judgements / wanted, 0 for an empty queue."""
+        """Judgements / wanted, 0 for an empty queue."""
         return self.judgements / self.wanted if self.wanted else 0.0
 
 
@@ -69,7 +69,7 @@ class Share:
 
     @property
     def share(self) -> float | None:
-        """first / of; None where there is none."""
+        """First / of; None where there is none."""
         return self.first / self.of if self.of else None
 
 
