@@ -61,7 +61,13 @@ class Item(models.Model):
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["project", "key"], name="item_once_in_project")]
-        indexes = [models.Index(fields=["project", "-priority", "id"], name="item_queue")]
+        indexes = [
+            models.Index(fields=["project", "-priority", "id"], name="item_queue"),
+            # progress, which every page shows, is counted from this alone
+            models.Index(
+                fields=["project", "ready", "done"], condition=models.Q(gold__isnull=True), name="item_progress"
+            ),
+        ]
 
     def __str__(self) -> str:
         return f"item {self.pk}"

@@ -10,8 +10,8 @@ from datetime import date
 from statistics import median
 from typing import Any
 
-from django.db.models import F, Sum
-from django.db.models.functions import Least
+from django.db.models import Count, F, Q, Sum
+from django.db.models.functions import Coalesce, Least
 
 from palm_rlhf_pytorch.feedback.agreement import WithRest, agreement, with_rest
 from palm_rlhf_pytorch.feedback.codes import Kind, State
@@ -103,17 +103,14 @@ class Statistics:
 
 
 def progress(project: Project) -> Progress:
-    """How far the project is, by five counts in the database."""
-    items = project.items.filter(gold__isnull=True)
-    counted = items.aggregate(number=Sum(Least(F("done"), project.required)))["number"]
-    number = items.count()
-    return Progress(
-        items=number,
-        finished=items.filter(done__gte=project.required).count(),
-        judgements=counted or 0,
-        wanted=number * project.required,
-        waiting=items.filter(ready=False).count(),
+    """How far the project is, counted in the database."""
+    counted = project.items.filter(gold__isnull=True).aggregate(
+        items=Count("done"),
+        finished=Count("done", filter=Q(done__gte=project.required)),
+        judgements=Coalesce(Sum(Least(F("done"), project.required)), 0),
+        waiting=Count("done", filter=Q(ready=False)),
     )
+    return Progress(**counted, wanted=counted["items"] * project.required)
 
 
 def own_progress(project: Project, user: Any) -> tuple[int, int]:
