@@ -186,7 +186,7 @@ def _response(draft: Draft, place: int, rules: list[str], text: str) -> dict[str
     """A response as the template shows it."""
     asked = [(number, rule, draft.rules.get((place, number), "")) for number, rule in enumerate(rules)]
     name = letter(place)
-    return {"place": place, "letter": name, "text": text, "rating": draft.ratings.get(place), "rules": asked}
+    return {"place": place, "letter": name, "text": text.strip(), "rating": draft.ratings.get(place), "rules": asked}
 
 
 def _sentence(error: Exception) -> str:
