@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 WIDTH, HEIGHT = 380, 190
-LEFT, RIGHT, TOP, BOTTOM = 36, 8, 14, 26  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 42, 8, 14, 26  # around the plot
 COLOURS = 6  # classes c1 to c6
 _GAP = 0.22  # of a column that stays free
 

@@ -1,7 +1,8 @@
 """The pages on which people judge: an item, its answer, skip, undo. Requests in, templates out.
 
 What is sent by htmx is answered by the next page, of which the browser takes `main`; a plain form is answered by a
-redirect to it, so that a reload sends nothing twice. What is wrong with an answer is said beside it, nothing typed lost.
+redirect to it, so that a reload sends nothing twice. What is wrong with an answer is said beside it, and nothing typed
+is lost.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,7 @@ from django.utils.safestring import SafeString, mark_safe
 
 from palm_rlhf_pytorch.feedback.charts import COLOURS, Column, Point, bars, shares
 from palm_rlhf_pytorch.feedback.codes import Kind, State
+from palm_rlhf_pytorch.feedback.drafts import letter
 from palm_rlhf_pytorch.feedback.models import Assignment, Judgement, Project
 from palm_rlhf_pytorch.feedback.statistics import Share, Statistics, progress, statistics
 from palm_rlhf_pytorch.reward.figures import wilson
@@ -23,6 +24,7 @@ SHOWN = 8  # people in a chart
 STEPS = ("A+++", "A++", "A+", "tie", "B+", "B++", "B+++", "bad")
 STEP_NAMES = ("A much better", "A better", "A slightly better", "tie", "B slightly better", "B better",
               "B much better", "both bad")  # fmt: skip
+STEP_CLASSES = ("a", "a", "a", "tie", "b", "b", "b", "c6")
 LENGTHS = ((1.0, 1.25, "up to 1.25×"), (1.25, 2.0, "up to 2×"), (2.0, float("inf"), "more than 2×"))
 FEW = 20  # cases under which a share says little
 
@@ -41,7 +43,7 @@ def pictures(project: Project) -> dict[str, Any]:
     """What the page shows: `statistics`, `seconds` (the median of the people's), and `pictures`."""
     found = replace(_kept(project), progress=progress(project))
     times = [person.seconds for person in found.annotators if person.seconds is not None]
-    drawn = [*_days(found), *_choices(project.kind, found), *_left(found), *_agreement(found), *_longer(found)]
+    drawn = [*_days(found), *_choices(project.kind, found), *_agreement(found), *_longer(found)]
     return {
         "statistics": found,
         "judgements": sum(person.judged for person in found.annotators),
@@ -85,28 +87,24 @@ def _days(found: Statistics) -> Iterator[Picture]:
 
 
 def _choices(kind: int, found: Statistics) -> Iterator[Picture]:
-    """Steps as shown, or stars."""
+    """Steps and places as shown, or stars."""
+    first = _against("The one shown first is the better one", found.left) if found.left.of else ""
     if kind == Kind.PAIR and found.sides:
         values = [found.sides[step] for step in (*range(-3, 4), None)]
-        columns = [
-            Column(name, (value,), f"{said}: {value:,}")
-            for name, said, value in zip(STEPS, STEP_NAMES, values, strict=True)
-        ]
-        svg = bars(columns, label="How often each step was chosen, as shown", classes=["a"] * 3 + ["tie"] + ["b"] * 3 + ["c6"], shown=True)  # fmt: skip  # noqa: E501
+        said = zip(STEPS, STEP_NAMES, values, strict=True)
+        columns = [Column(name, (value,), f"{whole}: {value:,}") for name, whole, value in said]
+        svg = bars(columns, label="How often each step was chosen, as shown", classes=STEP_CLASSES, shown=True)
         ties, bad = found.sides[0] / found.sides.total(), found.sides[None] / found.sides.total()
-        yield Picture("Choices", f"{ties:.0%} ties, {bad:.0%} both bad. A is the one shown first.", mark_safe(svg))
+        yield Picture("Choices as shown", f"{ties:.0%} ties, {bad:.0%} both bad. {first}".strip(), mark_safe(svg))
     if kind == Kind.RATING and found.stars:
         columns = [Column(str(star), (found.stars[star],)) for star in range(1, 6)]
         mean = sum(star * number for star, number in found.stars.items()) / found.stars.total()
         svg = bars(columns, label="How often each rating was given", shown=True)
-        yield Picture("Ratings", f"{mean:.1f} on average.", mark_safe(svg))
-
-
-def _left(found: Statistics) -> Iterator[Picture]:
-    if found.left.of:
-        point = _point("the one shown first", found.left)
-        finding = _against("The response shown first is the better one", found.left, "no side is favoured")
-        yield Picture("Sides", finding, mark_safe(shares([point], label="How often the response shown first wins")))
+        yield Picture("Ratings", f"{mean:.1f} on average. {first}".strip(), mark_safe(svg))
+    if kind == Kind.RANKING and found.best:
+        columns = [Column(letter(place), (found.best[place],)) for place in range(max(found.best) + 1)]
+        svg = bars(columns, label="How often the best one stood in each place as shown", shown=True)
+        yield Picture("Where the best one stood", f"A was shown first. {first}".strip(), mark_safe(svg))
 
 
 def _agreement(found: Statistics) -> Iterator[Picture]:
@@ -131,7 +129,7 @@ def _longer(found: Statistics) -> Iterator[Picture]:
     for low, high, name in LENGTHS:
         here = [ratio > 1 for ratio in found.lengths if low < max(ratio, 1 / ratio) <= high]
         points.append(_point(name, Share(first=sum(here), of=len(here))))
-    finding = _against("The longer response is the better one", found.longer, "length does not tell")
+    finding = _against("The longer response is the better one", found.longer)
     svg = shares(points, label="How often the longer response wins, by how much longer it is")
     yield Picture("Length", finding, mark_safe(svg))
 
@@ -141,10 +139,10 @@ def _scores(found: Statistics) -> Iterator[Picture]:
     if not found.scores.of:
         return
     points = []
-    for part in _parts(sorted(found.margins, key=abs), 4 if found.scores.of >= 4 * FEW else 1):
-        name = f"≤ {abs(part[-1]):.2g}"
+    for part in _parts(sorted(found.margins, key=abs), max(1, min(4, found.scores.of // FEW))):
+        name = f"{abs(part[0]):.2g} to {abs(part[-1]):.2g}"
         points.append(_point(name, Share(first=sum(margin > 0 for margin in part), of=len(part))))
-    finding = _against("The higher-scored response is the better one", found.scores, "no better than a coin")
+    finding = _against("The higher-scored response is the better one", found.scores)
     svg = shares(points, label="How often the higher-scored response wins, by the distance of the scores")
     yield Picture("Scores against votes", f"{finding} Groups by the distance of the scores.", mark_safe(svg))
 
@@ -157,14 +155,14 @@ def _point(name: str, share: Share) -> Point:
     return Point(name, share.share, low, high, title)
 
 
-def _against(what: str, share: Share, even: str) -> str:
+def _against(what: str, share: Share) -> str:
     """A sentence on a share: how often, of how many, and whether it differs from a half."""
     low, high = wilson(share.first, share.of)
     if share.of < FEW:
         verdict = "too few to tell"
     else:
-        verdict = even if low <= 0.5 <= high else f"between {low:.0%} and {high:.0%} with 95 % confidence"
-    return f"{what} in {share.share:.0%} of {share.of:,} decided pairs: {verdict}."
+        verdict = f"95 % interval {low:.0%} to {high:.0%}{', which may be chance' if low <= 0.5 <= high else ''}"
+    return f"{what} in {share.share:.0%} of {share.of:,} decided pairs ({verdict})."
 
 
 def _parts(values: Sequence[float], number: int) -> Iterator[Sequence[float]]:

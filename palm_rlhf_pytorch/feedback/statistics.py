@@ -91,6 +91,7 @@ class Statistics:
         scores: of decided pairs with different scores, how often the higher-scored response was the better one.
         margins: (score of the better one minus that of the worse one) of each of these.
         stars: how often each rating was given.
+        best: of rankings, how often the best one stood in each place as shown, from 0.
         rules: how often each word was said of each rule.
     """
 
@@ -105,6 +106,7 @@ class Statistics:
     scores: Share
     margins: tuple[float, ...]
     stars: Counter[int]
+    best: Counter[int]
     rules: dict[str, Counter[str]]
 
 
@@ -148,6 +150,7 @@ def statistics(project: Project) -> Statistics:
         scores=Share(first=sum(margin > 0 for margin in margins), of=len(margins)),
         margins=margins,
         stars=Counter(stars for one in counted for stars in one.ratings),
+        best=Counter(one.order.index(one.ranking[0]) for one in counted if one.ranking),
         rules=rules,
     )
 
