@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from math import floor, log10
 from statistics import median
 from typing import Any
 
@@ -139,8 +140,10 @@ def _scores(found: Statistics) -> Iterator[Picture]:
     if not found.scores.of:
         return
     points = []
-    for part in _parts(sorted(found.margins, key=abs), max(1, min(4, found.scores.of // FEW))):
-        name = f"{abs(part[0]):.2g} to {abs(part[-1]):.2g}"
+    margins = sorted(found.margins, key=abs)
+    decimals = max(0, 1 - floor(log10(abs(margins[-1]))))
+    for part in _parts(margins, max(1, min(4, found.scores.of // FEW))):
+        name = f"{abs(part[0]):.{decimals}f} to {abs(part[-1]):.{decimals}f}"
         points.append(_point(name, Share(first=sum(margin > 0 for margin in part), of=len(part))))
     finding = _against("The higher-scored response is the better one", found.scores)
     svg = shares(points, label="How often the higher-scored response wins, by the distance of the scores")
