@@ -69,7 +69,8 @@ TREE = [
         4,
         "feedback",
         "codes environment begin apps settings security formats records models migrations.0001_initial events claims "
-        "judgements accounts imports exports agreement gold statistics checks views urls site wsgi server",
+        "judgements accounts imports exports agreement gold statistics checks drafts "
+        "templatetags.palm_feedback charts pictures errors judging views urls site wsgi server",
     ),
     (
         5,
