@@ -146,12 +146,15 @@ def test_responses_are_rated_and_ordered_by_keys(address, three_projects, models
         assert "up" in opened.switch_to.active_element.text
         opened.switch_to.active_element.click()
         wait_for(opened, lambda: opened.find_elements("css selector", ".order h2")[1].text.endswith("D"))
+        opened.find_element("css selector", "[value='1 out']").send_keys("\ue007")
+        wait_for(opened, lambda: opened.find_elements("css selector", ".response.out h2")[0].text.endswith("B"))
+        assert opened.switch_to.active_element.get_attribute("value") == "2 out"  # what took its place
         opened.find_element("css selector", "button.submit").click()
         next_item(opened, first)
         assert "/projects/newts/" == opened.current_url.removeprefix(address)
     rated, ranked = models.Judgement.objects.order_by("-pk")[:2][::-1]
     assert [rated.ratings[str(pk)] for pk in rated.assignment.order] == [5, 1, 3]
-    assert [ranked.assignment.order.index(pk) for pk in ranked.ranking] == [0, 3, 1, 2]
+    assert [ranked.assignment.order.index(pk) for pk in ranked.ranking] == [0, 3, 2]
 
 
 def test_the_second_of_two_quick_presses_or_clicks_judges_nothing(address, make_project, people, models):
