@@ -158,17 +158,24 @@ def test_responses_are_rated_and_ordered_by_keys(address, three_projects, models
 
 
 def test_the_second_of_two_quick_presses_or_clicks_judges_nothing(address, make_project, people, models):
-    from selenium.webdriver.common.action_chains import ActionChains
-
     make_project(items=5)
     people("anna")
     with browser() as opened:
         log_in(opened, address, "anna")
         opened.get(address + "/projects/birds/")
         first = shown(opened)
-        press(opened, "11")
+        # a press while the first is on its way, and one just after the next item has come
+        opened.execute_script(
+            "const press = () => document.querySelector('[data-key=\"1\"]').click();"
+            "document.addEventListener('htmx:afterSwap', () => setTimeout(press, 50), {once: true}); press(); press();"
+        )
         second = next_item(opened, first)
-        ActionChains(opened).double_click(opened.find_element("css selector", "[data-key='7']")).perform()
+        # the second click of a double click
+        opened.execute_script(
+            "const click = new MouseEvent('click', {detail: 2, bubbles: true, cancelable: true});"
+            "document.querySelector('[data-key=\"2\"]').dispatchEvent(click)"
+        )
+        press(opened, "7")
         next_item(opened, second)
     assert [one.choice for one in models.Judgement.objects.order_by("pk")] == [-3, 3]
 
