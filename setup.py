@@ -36,6 +36,7 @@ setup(
             "matplotlib",
             "transformers",
             "shtab",
+            "tensorboard",
             *FEEDBACK,
             "psycopg[binary]>=3.2",
             "selenium",
@@ -44,10 +45,10 @@ setup(
         "completion": ["shtab"],  # palm-rlhf --print-completion
         "feedback": FEEDBACK,  # palm-rlhf feedback: people judge in a browser
         "feedback-postgres": [*FEEDBACK, "psycopg[binary]>=3.2"],  # the same on PostgreSQL
-        "hf": ["transformers"],  # classifiers as judges
-        "plot": ["matplotlib"],  # reliability plots
-        "wandb": ["wandb"],  # accelerate_kwargs={"log_with": "wandb"}
-        "tensorboard": ["tensorboard"],  # accelerate_kwargs={"log_with": "tensorboard", "project_dir": ...}
+        "hf": ["transformers", "tokenizers", "datasets"],  # tokenizers, chat templates, classifiers as judges, data
+        "plot": ["matplotlib"],  # learning curves, reliability plots
+        "wandb": ["wandb"],  # log_with="wandb"
+        "tensorboard": ["tensorboard"],  # log_with="tensorboard"
     },
     entry_points={"console_scripts": ["palm-rlhf=palm_rlhf_pytorch.cli.main:main"]},
     keywords=["reinforcement learning", "human feedback", "language model", "transformers"],

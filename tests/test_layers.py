@@ -22,6 +22,7 @@ EXTRAS = {
     "psycopg",
     "waitress",
     "whitenoise",
+    "jinja2",
 }
 # so may what takes long to import, and is for few or for later
 LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh", "beartype")
@@ -36,23 +37,27 @@ TREE = [
     (0, "", "rotary"),
     (0, "", "attention"),
     (0, "", "lora"),
-    (1, "text", "tokenizer dialogues records columns rows datasets pydocs"),
+    (1, "text", "tokenizer streaming stops dialogues hf_tokenizer chats records columns rows datasets pydocs"),
     (1, "objectives", "language advantage policy_gradient group preference direct"),
     (
         1,
         "training",
-        "optimizer optimizers atomic tensor_file optimizer_state manifest folder tensor_stream checkpoint metrics "
-        "ranks stopping random_states saves plots supervised",
+        "optimizer optimizers atomic foreign_file tensor_file tensor_reader optimizer_state manifest folder "
+        "tensor_stream checkpoint metrics ranks stopping random_states trackers saves curves charts plots page "
+        "runs_page supervised",
     ),
+    (1.5, "text", "tokenizer_files"),
     (
         2,
         "palm",
-        "inputs sampling responses graphs generation pretrained config scopes copying block decoding transformer",
+        "inputs sampling responses graphs generation config pretrained scopes text_generation copying hub files block "
+        "decoding "
+        "transformer",
     ),
     (
         3,
         "reward",
-        "settings texts files model functions weighted expression verifiable classifier http caching labels "
+        "settings texts files saving model functions weighted expression verifiable classifier http caching labels "
         "learning ensemble asking agreement figures report assessment rules constitution",
     ),
     (
@@ -60,10 +65,10 @@ TREE = [
         "policy",
         "prompts settings ppo_settings pretraining arguments actor_critic critic_start sharding rollout targets "
         "progress losses judging scores answers records rollout_file experience learning diagnostics groups doctor "
-        "watch samples run group_settings probe premises identities judge_checks preflight footprint pieces plan "
-        "trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
+        "watch samples inspection run group_settings probe premises identities judge_checks preflight footprint "
+        "pieces plan trainer_record trainer_state rollback loop trainer online ppo grpo direct_settings direct_data "
         "direct_records direct_model direct_steps direct_checks direct dpo kto kept best_of_n rejection comparison "
-        "evaluation",
+        "rollout_page evaluation",
     ),
     (
         4,
@@ -74,8 +79,8 @@ TREE = [
     (
         5,
         "cli",
-        "feedback_data feedback device config completion generate pretrain reward runs ppo check plan grpo dpo "
-        "evaluate demo_text demo_report demo_pairs demo main",
+        "device config completion models trackers generate chat_session chat pretrain reward_ask reward runs ppo check "
+        "plan grpo dpo evaluate convert inspect plot demo_text demo_report demo_pairs demo feedback_data feedback main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

@@ -29,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if a file is not what it should be, or an option is out of range.
     """
     trainer = trainer_of(args)
-    report = trainer.preflight(**sampling_of(args))
+    report = trainer.preflight(**sampling_of(args, trainer))
     trainer.accelerator.print(report.table())
     return 0 if report.ok else 1

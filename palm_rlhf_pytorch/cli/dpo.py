@@ -1,4 +1,4 @@
-"""`palm-rlhf dpo`: improve a byte-level PaLM straight from preferences, without a reward model and without sampling."""
+"""`palm-rlhf dpo`: improve a PaLM straight from preferences, without a reward model and without sampling."""
 
 import argparse
 import sys
@@ -11,7 +11,15 @@ import torch
 
 from palm_rlhf_pytorch.cli.config import CONFIG, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.models import (
+    add_chat_argument,
+    add_model_argument,
+    load_model,
+    prompt_tokenizer,
+    tokenizer_name,
+)
 from palm_rlhf_pytorch.cli.reward import add_reading_arguments, read
+from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.objectives.direct import (
     dpo_loss,
     hinge_loss,
@@ -28,13 +36,14 @@ from palm_rlhf_pytorch.policy.direct_settings import DirectSettings
 from palm_rlhf_pytorch.policy.dpo import DPOTrainer
 from palm_rlhf_pytorch.policy.kto import KTOTrainer
 from palm_rlhf_pytorch.policy.preflight import PreflightError
+from palm_rlhf_pytorch.text.chats import ChatTokenizer
 from palm_rlhf_pytorch.text.datasets import split_by_group
 from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Vote
-from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 
-TOKENIZER = ByteTokenizer()
 DEFAULTS = DirectSettings()
 IMPROVED = "improved_palm.pt"
 # each takes --beta under the name `beta`, and says in its own defaults what suits it
@@ -58,13 +67,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "dpo",
         help="improve a model straight from preferences",
         description=(
-            "Improve a byte-level PaLM straight from pairs (or votes) in files: DPO and its kin. What a run needs to go"
+            "Improve a PaLM straight from pairs (or votes) in files: DPO and its kin. What a run needs to go"
             f" on stands in its folder; at the end so does the improved model, {IMPROVED}. Ctrl-C and SIGTERM save"
             " before they stop."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("palm", metavar="PALM", help="file of the model, as `palm-rlhf pretrain` saves it")
+    add_model_argument(parser)
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="FILE", default=argparse.SUPPRESS,
         help="JSON lines, a JSON array, CSV or TSV, plain or .gz: prompt/chosen/rejected and the like",
@@ -72,12 +81,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--run-dir", type=Path, default=Path("palm-run"), metavar="DIR", help="folder of the run")
     _add_loss_arguments(parser.add_argument_group("loss"))
     _add_learning_arguments(parser.add_argument_group("learning"))
-    add_reading_arguments(parser.add_argument_group("records"))
+    records = parser.add_argument_group("records")
+    add_reading_arguments(records)
+    add_chat_argument(records)
     for option, meaning in (
         ("--resume", "go on with the run that --run-dir holds; begin one if it holds none"),
         ("--no-preflight", "leave out the checks before the first step"),
     ):
         parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=meaning)  # shows no default
+    add_tracker_arguments(parser)
     add_device_argument(parser)
     parser.set_defaults(run=run)
 
@@ -104,9 +116,9 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup") -> None:
         "--minibatch-size", type=int, default=DEFAULTS.minibatch_size, metavar="N", help="records in an optimizer step"
     )
     learning.add_argument(
-        "--max-batch-tokens", type=int, default=DEFAULTS.max_batch_tokens, metavar="N", help="bytes in one pass"
+        "--max-batch-tokens", type=int, default=DEFAULTS.max_batch_tokens, metavar="N", help="tokens in one pass"
     )
-    learning.add_argument("--max-length", type=int, default=1024, metavar="N", help="bytes of prompt and response")
+    learning.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens of prompt and response")
     learning.add_argument(
         "--held-out",
         type=float,
@@ -137,10 +149,11 @@ def run(args: argparse.Namespace) -> int:
     records, others = sorted_out(labels.records, kinds)
     if not records:
         raise ValueError(f"--data holds no record that --loss {args.loss} learns from: {labels.summary()}")
+    palm, tokenizer = load_model(args.palm, tokenizer=tokenizer_name(args))
     train, held_out = records, list[Label]()
     if args.held_out:
         train, held_out = split_by_group(records, held_out=args.held_out, seed=args.seed)
-    trainer = trainer_of(args, train, held_out)
+    trainer = trainer_of(args, palm, prompt_tokenizer(args, tokenizer), train, held_out)
     say = trainer.accelerator.print
     say(labels.summary())
     if others:
@@ -150,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.check_call(**begin)
     if trainer.accelerator.is_main_process:
         save_config(args, args.run_dir / CONFIG)
+        save_tokenizer(tokenizer, out)
     before = trainer.evaluate() if held_out else {}
     try:
         trainer.train(**begin, preflight=not hasattr(args, "no_preflight"))
@@ -169,24 +183,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def trainer_of(args: argparse.Namespace, train: Sequence[Label], held_out: Sequence[Label]) -> DirectTrainer:
+def trainer_of(
+    args: argparse.Namespace, palm: PaLM, tokenizer: Tokenizer | ChatTokenizer, train: Sequence[Label],
+    held_out: Sequence[Label],
+) -> DirectTrainer:  # fmt: skip
     """The trainer that the options describe.
 
     Raises:
-        FileNotFoundError: if the model's file is missing.
-        ValueError: if it is not what it should be, or an option is out of range or of another loss.
+        ValueError: if an option is out of range or of another loss.
     """
-    device, palm = device_of(args), PaLM.from_checkpoint(args.palm)
-    if palm.num_tokens != TOKENIZER.num_tokens:
-        raise ValueError(
-            f"{args.palm} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}; train one"
-            " with `palm-rlhf pretrain`"
-        )
+    device = device_of(args)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the present one
     common: dict[str, Any] = {
-        "palm": palm, "tokenizer": TOKENIZER, "held_out": held_out or None, "max_length": args.max_length,
+        "palm": palm, "tokenizer": tokenizer, "eos_token": tokenizer.eos_token,
+        "held_out": held_out or None, "max_length": args.max_length,
         "seed": args.seed, "run_dir": args.run_dir, "accelerate_kwargs": {"cpu": device.type == "cpu"}, "lr": args.lr,
+        "log_with": tracking_of(args),
         "lora_r": args.lora_r, "minibatch_size": args.minibatch_size, "max_batch_tokens": args.max_batch_tokens,
         "save_every": args.save_every,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`palm-rlhf evaluate`: two byte-level PaLMs on the same prompts, compared by judges, side by side."""
+"""`palm-rlhf evaluate`: two PaLMs on the same prompts, compared by judges, side by side."""
 
 import argparse
 import html
@@ -6,23 +6,31 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable
+from palm_rlhf_pytorch.cli.models import (
+    PROMPTS,
+    add_chat_argument,
+    add_tokenizer_argument,
+    check_same,
+    load_judge_for,
+    load_model,
+    prompt_tokenizer,
+    tokenizer_name,
+)
 from palm_rlhf_pytorch.cli.pretrain import bits_per_byte
-from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.comparison import Contest
 from palm_rlhf_pytorch.policy.evaluation import Evaluation, Side, evaluate
-from palm_rlhf_pytorch.reward.ensemble import load_judge
 from palm_rlhf_pytorch.text.datasets import read_prompts, read_texts
-from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 
-TOKENIZER = ByteTokenizer()
 FIGURES, SAMPLES, PAGE = "evaluation.json", "samples.jsonl", "report.html"
-TEXT_WINDOW = 256  # bytes a model sees at once in --text: what `palm-rlhf pretrain` trains on
+TEXT_WINDOW = 256  # tokens a model sees at once in --text: what `palm-rlhf pretrain` trains on
 COLUMN = 48  # characters of one side in the terminal
 
 STYLE = """
@@ -40,24 +48,29 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "evaluate",
         help="compare two models by judges, on the same prompts",
         description=(
-            "Sample from two byte-level PaLMs, on the same prompts and with the same random numbers, and compare: win"
+            "Sample from two PaLMs, on the same prompts and with the same random numbers, and compare: win"
             " rate of B over A by each judge with a 95 % interval over prompts, scores, KL between the two, lengths,"
             " diversity, and samples side by side."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name in ("A", "B"):
-        parser.add_argument(name.lower(), metavar=name, help=f"file of model {name}, as PaLM.save writes it")
+        parser.add_argument(name.lower(), metavar=name, help=f"model {name}: a file, a folder, or a name on the Hub")
+    add_tokenizer_argument(parser)
     for option, meaning in (
-        ("--prompts", "UTF-8 text, one prompt a line"),
+        (
+            "--prompts",
+            PROMPTS,
+        ),
         ("--judge", "file of a reward model, as `palm-rlhf reward` writes it; may be given several times"),
     ):
         action = "append" if option == "--judge" else "store"
         parser.add_argument(
             option, required=True, metavar="FILE", default=argparse.SUPPRESS, action=action, help=meaning
         )
+    add_chat_argument(parser)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="responses of each model to each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="bytes of a response at most")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens of a response at most")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling; 0 is greedy")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples")
     parser.add_argument(
@@ -86,18 +99,23 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--show {args.show}: must be 0 or more")
     if out is not None:
         check_folder(out)
-    prompts, text = read_prompts(args.prompts), text_of(args)
-    models = [_checked(PaLM.from_checkpoint(path), path).to(device).eval() for path in (args.a, args.b)]
-    judges = {name: load_judge(path) for name, path in judge_names(args.judge).items()}
-    for judge, path in zip(judges.values(), args.judge, strict=True):
-        _checked(judge.palm, path)
+    prompts, tokenizer_option = read_prompts(args.prompts), tokenizer_name(args)
+    loaded = [load_model(path, device, tokenizer=tokenizer_option) for path in (args.a, args.b)]
+    (a, tokenizer), (b, other) = loaded
+    check_same(other, tokenizer, name=f"the model {args.b}", other_name=f"the model {args.a}")
+    text = text_of(args, tokenizer)
+    judges = {
+        name: load_judge_for(path, a, tokenizer, palm_name=args.a) for name, path in judge_names(args.judge).items()
+    }
+    for judge in judges.values():
         judge.to(device).eval()
+    asking = prompt_tokenizer(args, tokenizer)
     found = evaluate(
-        models[0], models[1], prompts, judges, TOKENIZER, num_samples=args.samples, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, eos_token=TOKENIZER.eos_token, seed=args.seed, use_tqdm=True,
+        a.eval(), b.eval(), prompts, judges, asking, num_samples=args.samples, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, eos_token=asking.eos_token, seed=args.seed, use_tqdm=True,
     )  # fmt: skip
     if text is not None:
-        bits = [bits_per_byte(model, text, length=TEXT_WINDOW) for model in models]
+        bits = [bits_per_byte(model, text.ids, length=TEXT_WINDOW) * text.tokens_per_byte for model in (a, b)]
         found = replace(found, bits_per_byte=(bits[0], bits[1]))
     print(f"A {args.a}\nB {args.b}\n{len(prompts)} prompts of {args.prompts}, samples of each: {args.samples}\n")
     print(found.table())
@@ -116,8 +134,15 @@ def check_folder(out: Path) -> None:
         check_target(out / name)
 
 
-def text_of(args: argparse.Namespace) -> torch.Tensor | None:
-    """The ids of --text, if that is given.
+class MeasuredText(NamedTuple):
+    """Ids (n,) of a text, and how many there are to one of its UTF-8 bytes."""
+
+    ids: torch.Tensor
+    tokens_per_byte: float
+
+
+def text_of(args: argparse.Namespace, tokenizer: Tokenizer) -> MeasuredText | None:
+    """The text of --text, if that is given.
 
     Raises:
         ValueError: if there is nothing in it to predict.
@@ -125,10 +150,11 @@ def text_of(args: argparse.Namespace) -> torch.Tensor | None:
     path = getattr(args, "text", None)
     if path is None:
         return None
-    ids = TOKENIZER.encode(read_texts([path])[0])
+    content = read_texts([path])[0]
+    ids = tokenizer.encode(content)
     if len(ids) < 2:
-        raise ValueError(f"--text {path} holds less than two bytes: there is nothing to predict")
-    return ids
+        raise ValueError(f"--text {path} holds less than two tokens: there is nothing to predict")
+    return MeasuredText(ids, len(ids) / len(content.encode()))
 
 
 def judge_names(paths: list[str]) -> dict[str, str]:
@@ -246,17 +272,3 @@ def _told(side: Side, row: int) -> str:
 def _text(text: str) -> str:
     """Any text as HTML text: markup and control characters mean nothing in it."""
     return html.escape(printable(text))
-
-
-def _checked(palm: PaLM, path: str) -> PaLM:
-    """A byte-level model.
-
-    Raises:
-        ValueError: if its vocabulary is another.
-    """
-    if palm.num_tokens != TOKENIZER.num_tokens:
-        raise ValueError(
-            f"{path} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}; train one"
-            " with `palm-rlhf pretrain`"
-        )
-    return palm

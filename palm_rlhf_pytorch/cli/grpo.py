@@ -1,4 +1,4 @@
-"""`palm-rlhf grpo`: improve a byte-level PaLM by comparing its responses to one prompt, without a critic."""
+"""`palm-rlhf grpo`: improve a PaLM by comparing its responses to one prompt, without a critic."""
 
 import argparse
 from dataclasses import replace
@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "grpo",
         help="improve a model by comparing its answers: GRPO, Dr. GRPO, DAPO, RLOO, GSPO",
         description=(
-            "Improve a byte-level PaLM against a reward model without a critic: several responses to each prompt are"
+            "Improve a PaLM against a reward model without a critic: several responses to each prompt are"
             f" compared with one another. Files, and how a run stops and goes on, are as in `palm-rlhf ppo`; at the end"
             f" {IMPROVED} stands in the folder of the run."
         ),
@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="bytes before the limit over which a penalty grows to -1",
+        help="tokens before the limit over which a penalty grows to -1",
     )
     for option, meaning in (
         ("--kl-coef", "price of straying from the model, reward per nat of KL; default: the objective's own"),

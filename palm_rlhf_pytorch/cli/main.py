@@ -7,12 +7,45 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from palm_rlhf_pytorch.cli import check, demo, dpo, evaluate, feedback, generate, grpo, plan, ppo, pretrain, reward
+from palm_rlhf_pytorch.cli import (
+    chat,
+    check,
+    convert,
+    demo,
+    dpo,
+    evaluate,
+    feedback,
+    generate,
+    grpo,
+    inspect,
+    plan,
+    plot,
+    ppo,
+    pretrain,
+    reward,
+)
 from palm_rlhf_pytorch.cli.completion import add_completion_argument
 from palm_rlhf_pytorch.cli.config import ConfigError, add_config_argument, take_config
 
-COMMANDS = (demo, pretrain, reward, check, plan, ppo, grpo, dpo, generate, evaluate, feedback)
+COMMANDS = (
+    demo,
+    pretrain,
+    reward,
+    check,
+    plan,
+    ppo,
+    grpo,
+    dpo,
+    generate,
+    chat,
+    evaluate,
+    plot,
+    inspect,
+    convert,
+    feedback,
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+CUT_OFF = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 2 a mistake in the input, 130 interrupted.
+        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
@@ -34,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # whoever read what is printed (`| head`) has enough of it
+        return CUT_OFF
+    except (ValueError, OSError, ImportError) as error:  # an extra that is not installed is named
         print(f"palm-rlhf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -29,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if a file is not what it should be, or an option is out of range.
     """
     trainer = trainer_of(args)
-    plan = trainer.plan(args.episodes, update_timesteps=args.update_timesteps, **sampling_of(args))
+    plan = trainer.plan(args.episodes, update_timesteps=args.update_timesteps, **sampling_of(args, trainer))
     trainer.accelerator.print(plan.table())
     return 0

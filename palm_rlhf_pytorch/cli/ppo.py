@@ -1,4 +1,4 @@
-"""`palm-rlhf ppo`: improve a byte-level PaLM against a reward model, in a folder that a stopped run goes on from."""
+"""`palm-rlhf ppo`: improve a PaLM against a reward model, in a folder that a stopped run goes on from."""
 
 import argparse
 from pathlib import Path
@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "ppo",
         help="improve a model against a reward model",
         description=(
-            "Improve a byte-level PaLM against a reward model with PPO. What a run needs to go on stands in its folder;"
+            "Improve a PaLM against a reward model with PPO. What a run needs to go on stands in its folder;"
             f" at the end so does the improved model, {IMPROVED}. Ctrl-C and SIGTERM save before they stop."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -4,32 +4,40 @@
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from palm_rlhf_pytorch.cli.config import config_beside, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.models import (
+    add_chat_argument,
+    add_tokenizer_argument,
+    load_model,
+    prompt_tokenizer,
+    tokenizer_name,
+)
 from palm_rlhf_pytorch.cli.pretrain import metrics_path
+from palm_rlhf_pytorch.cli.reward_ask import ON_BAD_RECORD, add_ask_options
+from palm_rlhf_pytorch.cli.trackers import accelerator_of, add_tracker_arguments, tracked
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.agreement import annotator_weights, measure_agreement, merge_annotators
-from palm_rlhf_pytorch.reward.asking import best_questions, read_questions
 from palm_rlhf_pytorch.reward.assessment import assess
-from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, bootstrap, load_judge
+from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, bootstrap
 from palm_rlhf_pytorch.reward.labels import EncodedLabels
 from palm_rlhf_pytorch.reward.learning import RewardTraining, train_reward_model
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.reward.report import RewardReport
-from palm_rlhf_pytorch.text.datasets import BadRecord, Labels, read_labels, skip_bad_record, split_by_group
+from palm_rlhf_pytorch.text.chats import ChatTokenizer
+from palm_rlhf_pytorch.text.datasets import Labels, read_labels, split_by_group
 from palm_rlhf_pytorch.text.records import Label, Pair
-from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
@@ -37,16 +45,7 @@ from palm_rlhf_pytorch.training.plots import reliability_plot
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import clear, strangers
 
-TOKENIZER = ByteTokenizer()
 Judge = RewardModel | RewardEnsemble
-
-
-def stop_at_bad_record(bad: BadRecord) -> NoReturn:
-    """Raise a ValueError that names file, line and field, and the option that goes on."""
-    raise ValueError(f"{bad}; mend it, or leave such records out: --on-bad-record skip")
-
-
-ON_BAD_RECORD = {"stop": stop_at_bad_record, "skip": skip_bad_record}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,10 +53,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "reward",
         help="train a reward model on what people said, and report how well it follows them",
-        usage="palm-rlhf reward DATA [DATA ...] --palm FILE [options]\n       palm-rlhf reward ask PAIRS --reward-model"
+        usage="palm-rlhf reward DATA [DATA ...] --palm PALM [options]\n       palm-rlhf reward ask PAIRS --reward-model"
         " FILE [options]",
         description=(
-            "Train a byte-level reward model on pairs, rankings, ratings and thumbs, in any mix, and judge it on groups"
+            "Train a reward model on pairs, rankings, ratings and thumbs, in any mix, and judge it on groups"
             " of them that are held out. The report is printed, and written beside the model."
         ),
         epilog="`palm-rlhf reward ask --help` is about the pairs to ask a person about next.",
@@ -65,8 +64,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("data", nargs="+", metavar="DATA", help="labels: .jsonl, .json, .csv or .tsv, also with .gz")
     parser.add_argument(
-        "--palm", required=True, metavar="FILE", default=argparse.SUPPRESS, help="model, as `pretrain` saves it"
+        "--palm",
+        required=True,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="model: a file, a folder, or a Hub name",
     )
+    add_tokenizer_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("reward_model.pt"), metavar="FILE", help="the reward model")
     _add_options(parser)
     asking = argparse.ArgumentParser(
@@ -77,7 +81,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_ask_options(asking)
+    add_ask_options(asking)
     parser.parse_known_args = partial(_parse, parser.parse_known_args, asking)  # type: ignore[method-assign]
     parser.set_defaults(run=run)
 
@@ -100,9 +104,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--members", type=int, default=1, metavar="N", help="reward models of an ensemble, on one trunk")
     labels = parser.add_argument_group("labels")
     add_reading_arguments(labels)
+    add_chat_argument(labels)
     labels.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the groups, to judge by")
     labels.add_argument(
-        "--max-length", type=int, default=1024, metavar="N", help="bytes; longer prompts lose the start"
+        "--max-length", type=int, default=1024, metavar="N", help="tokens; longer prompts lose the start"
     )
     labels.add_argument(
         "--weigh-annotators", action="store_true", help="who agrees more with the others counts for more"
@@ -110,7 +115,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     learning = parser.add_argument_group("learning")
     learning.add_argument("--epochs", type=int, default=2, metavar="N", help="passes over the labels, at most")
     learning.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; 1e-3 suits dim 128")
-    learning.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="bytes of a batch")
+    learning.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens of a batch")
     learning.add_argument("--centering", type=float, default=0.0, metavar="C", help="pull of pairs' scores to mean 0")
     learning.add_argument(
         "--patience", type=int, default=4, metavar="N", help="evaluations, four an epoch, without a better one"
@@ -119,6 +124,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     learning.add_argument(
         "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
     )
+    add_tracker_arguments(parser)
     add_device_argument(parser)
 
 
@@ -133,24 +139,6 @@ def add_reading_arguments(labels: "argparse._ArgumentGroup") -> None:
     )  # fmt: skip
 
 
-def _add_ask_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pairs", metavar="PAIRS", help="response_a and response_b, or chosen and rejected, judged or not"
-    )
-    parser.add_argument(
-        "--reward-model", required=True, metavar="FILE", default=argparse.SUPPRESS,
-        help="ensemble, as `palm-rlhf reward DATA --members 5` makes it",
-    )  # fmt: skip
-    parser.add_argument("--count", type=int, default=20, metavar="N", help="questions at most")
-    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="questions about one prompt at most")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines; without it they are printed")
-    parser.add_argument("--on-bad-record", choices=tuple(ON_BAD_RECORD), default="stop", help="as in training")
-    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="as in training")
-    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="as in training")
-    add_device_argument(parser)
-    parser.set_defaults(run=run_ask)
-
-
 def run(args: argparse.Namespace) -> int:
     """Read, train, report, save.
 
@@ -158,14 +146,11 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is not what it should be, or an option is out of range.
     """
-    device, palm = device_of(args), PaLM.from_checkpoint(args.palm)
-    if palm.num_tokens != TOKENIZER.num_tokens:
-        raise ValueError(
-            f"{args.palm} has num_tokens={palm.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}"
-        )
+    device = device_of(args)
+    palm, tokenizer = load_model(args.palm, tokenizer=tokenizer_name(args))
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the present one
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = accelerator_of(args, cpu=device.type == "cpu")
     say = accelerator.print
     with Ranks(accelerator).together():  # all look before one of them writes
         folders = _folders(args)
@@ -181,12 +166,15 @@ def run(args: argparse.Namespace) -> int:
     members = judge.models if isinstance(judge, RewardEnsemble) else [judge]
     for number, (member, folder) in enumerate(zip(members, folders, strict=True)):
         own = train if len(members) == 1 else bootstrap(train, seed=args.seed + number)
-        found = _train(member, own, held_out, args, folder, number, accelerator)
+        name = args.out.with_stem(args.out.stem if len(members) == 1 else f"{args.out.stem}.{number}")
+        with tracked(args, accelerator, name):
+            found = _train(member, own, held_out, args, prompt_tokenizer(args, tokenizer), folder, number, accelerator)
         if found.stopped is not None:
             say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
             return 0
         say(_told(found, number if len(members) > 1 else None))
     if accelerator.is_main_process:
+        save_tokenizer(tokenizer, args.out)
         _finish(judge, found, labels, args, folders)
     return 0
 
@@ -247,8 +235,8 @@ def _new_judge(palm: PaLM, args: argparse.Namespace) -> Judge:
 
 
 def _train(
-    member: RewardModel, train: Sequence[Label], held_out: Sequence[Label], args: argparse.Namespace, folder: Path,
-    number: int, accelerator: Accelerator,
+    member: RewardModel, train: Sequence[Label], held_out: Sequence[Label], args: argparse.Namespace,
+    tokenizer: Tokenizer | ChatTokenizer, folder: Path, number: int, accelerator: Accelerator,
 ) -> RewardTraining:  # fmt: skip
     """Train one member; its metrics go beside the model."""
     resume, path = hasattr(args, "resume"), metrics_path(args.out)
@@ -257,7 +245,7 @@ def _train(
     if not resume and accelerator.is_main_process:
         path.unlink(missing_ok=True)  # of an earlier run that wrote the same model
     return train_reward_model(
-        member, train, TOKENIZER, eos_token=TOKENIZER.eos_token, held_out=held_out, epochs=args.epochs, lr=args.lr,
+        member, train, tokenizer, eos_token=tokenizer.eos_token, held_out=held_out, epochs=args.epochs, lr=args.lr,
         max_length=args.max_length, max_tokens_per_batch=args.batch_tokens, centering=args.centering,
         patience=args.patience, seed=args.seed + number, run_dir=folder, resume=resume, accelerator=accelerator,
         metrics=MetricsLog(path, accelerator=accelerator),
@@ -315,38 +303,3 @@ def _write_report(report: RewardReport, out: Path) -> None:
         print(f"report: {path}")
     if plot.exists():
         print(f"report: {plot}")
-
-
-def run_ask(args: argparse.Namespace) -> int:
-    """List the pairs whose judgement would teach most.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is not what it should be, or an option is out of range.
-    """
-    if args.count < 1:
-        raise ValueError(f"--count {args.count}: must be at least 1")
-    if args.out is not None:
-        check_target(args.out)
-    judge = load_judge(args.reward_model)
-    if not isinstance(judge, RewardEnsemble):
-        raise ValueError(
-            f"{args.reward_model} holds one reward model, which cannot disagree with itself; make several of the same"
-            " labels: palm-rlhf reward DATA --members 5"
-        )
-    found = read_questions(args.pairs, on_bad_record=ON_BAD_RECORD[args.on_bad_record])
-    pairs = [label for label in found.records if isinstance(label, Pair)]
-    questions = best_questions(
-        judge.to(device_of(args)), pairs, TOKENIZER, eos_token=TOKENIZER.eos_token, max_length=args.max_length,
-        max_tokens_per_batch=args.batch_tokens, per_prompt=args.per_prompt,
-    )[: args.count]  # fmt: skip
-    rows = "".join(f"{json.dumps(question.row(), ensure_ascii=False)}\n" for question in questions)
-    told = f"{len(questions):,} of {found.rows:,} rows, {len(found.bad):,} bad; write a, b or tie for choice"
-    if args.out is None:
-        print(rows, end="")
-    else:
-        with replacing(args.out) as file:
-            file.write(rows.encode())
-        told += f" in {args.out}"
-    print(told, file=sys.stderr if args.out is None else sys.stdout)
-    return 0

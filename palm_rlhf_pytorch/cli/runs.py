@@ -14,38 +14,51 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.cli.config import CONFIG, save_config
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
-from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.cli.models import (
+    PROMPTS,
+    add_chat_argument,
+    add_model_argument,
+    load_judge_for,
+    load_model,
+    prompt_tokenizer,
+    tokenizer_name,
+)
+from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
 from palm_rlhf_pytorch.policy.preflight import PreflightError
 from palm_rlhf_pytorch.policy.settings import PolicySettings
 from palm_rlhf_pytorch.policy.watch import WatchSettings
-from palm_rlhf_pytorch.reward.ensemble import load_judge
+from palm_rlhf_pytorch.text.chats import ChatTokenizer
 from palm_rlhf_pytorch.text.datasets import read_texts
-from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.metrics import read_metrics
 
-TOKENIZER = ByteTokenizer()
 IMPROVED = "improved_palm.pt"
 METRICS = "metrics.jsonl"  # where the trainer writes them in its run_dir
 HEADLINE = (
     ("reward-model score", "reward/score"),
     ("held-out judge's score", "reward/held_out_score"),
     ("KL to the reference (nats per response)", "objective/kl"),
-    ("response length (bytes)", "response/length_mean"),
+    ("response length (tokens)", "response/length_mean"),
     ("EOS rate", "response/eos_rate"),
 )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, defaults: PolicySettings) -> "argparse._ArgumentGroup":
     """Add the options that describe a run; gives the group of those that shape learning, for what a method adds."""
-    parser.add_argument("palm", metavar="PALM", help="file of the model, as `palm-rlhf pretrain` saves it")
+    add_model_argument(parser)
     for option, meaning in (
         ("--reward-model", "file of the judge, as `palm-rlhf reward` and `palm-rlhf demo` write it"),
-        ("--prompts", "UTF-8 text, one prompt a line"),
+        (
+            "--prompts",
+            PROMPTS,
+        ),
     ):
         parser.add_argument(option, required=True, metavar="FILE", default=argparse.SUPPRESS, help=meaning)
+    add_chat_argument(parser)
     parser.add_argument(
         "--held-out-judge",
         metavar="FILE",
@@ -63,13 +76,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, defaults: PolicySettings)
     counts = parser.add_argument_group("size of the run")
     counts.add_argument("--episodes", type=int, default=4096, metavar="N", help="responses to learn from")
     counts.add_argument("--update-timesteps", type=int, default=64, metavar="N", help="responses between two updates")
-    counts.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="bytes of a response at most")
-    counts.add_argument("--max-seq-len", type=int, default=2048, metavar="N", help="bytes of both, prompt and response")
+    counts.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens of a response at most")
+    counts.add_argument("--max-seq-len", type=int, default=2048, metavar="N", help="tokens of prompt and response")
     counts.add_argument(
         "--save-every", type=int, default=defaults.save_every, metavar="N", help="updates between saves"
     )
     learning = parser.add_argument_group("learning")
     _add_learning_arguments(learning, defaults)
+    add_tracker_arguments(parser)
     add_device_argument(parser)
     return learning
 
@@ -93,11 +107,11 @@ def _add_learning_arguments(learning: "argparse._ArgumentGroup", defaults: Polic
             "--max-approx-kl",
             float,
             "KL",
-            "end an update's learning once the policy has moved so far, nats a byte; 0.02 is usual, the default none",
+            "end an update's learning once the policy has moved so far, nats a token; 0.02 is usual, the default none",
         ),
         ("--ptx-coef", float, "W", "weight of a language-modelling loss on --pretraining, mixed into each step"),
-        ("--top-k", int, "K", "sample from the K likeliest bytes alone, and learn that policy"),
-        ("--top-p", float, "P", "the same with the likeliest bytes of probability P"),
+        ("--top-k", int, "K", "sample from the K likeliest tokens alone, and learn that policy"),
+        ("--top-p", float, "P", "the same with the likeliest tokens of probability P"),
     ):
         learning.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=meaning)
     learning.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling, above 0")
@@ -122,33 +136,27 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
         ValueError: if a file is not what it should be, or an option is out of range.
     """
     device = device_of(args)
-    palm, reward_model = PaLM.from_checkpoint(args.palm), load_judge(args.reward_model)
-    held_out = load_judge(args.held_out_judge) if hasattr(args, "held_out_judge") else None
-    read = [(args.palm, palm), (args.reward_model, reward_model.palm)]
-    read += [] if held_out is None else [(args.held_out_judge, held_out.palm)]
-    for path, model in read:
-        if model.num_tokens != TOKENIZER.num_tokens:
-            raise ValueError(
-                f"{path} has num_tokens={model.num_tokens}, not the byte tokenizer's {TOKENIZER.num_tokens}; train one"
-                " with `palm-rlhf pretrain`"
-            )
+    palm, tokenizer = load_model(args.palm, tokenizer=tokenizer_name(args))
+    paths = [args.reward_model, *([args.held_out_judge] if hasattr(args, "held_out_judge") else [])]
+    judges = [load_judge_for(path, palm, tokenizer, palm_name=args.palm).eval() for path in paths]
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the present one
     return {
         "palm": palm,
-        "reward_model": reward_model.eval(),
-        "held_out_judge": None if held_out is None else held_out.eval(),
+        "reward_model": judges[0],
+        "held_out_judge": judges[1] if len(judges) > 1 else None,
         "prompts_path": args.prompts,
-        "tokenizer": TOKENIZER,
+        "tokenizer": prompt_tokenizer(args, tokenizer),
         "seed": args.seed,
         "run_dir": run_dir,
         "accelerate_kwargs": {"cpu": device.type == "cpu"},
+        "log_with": None if run_dir is None else tracking_of(args),
         "actor_lr": args.actor_lr,
         "epochs": args.epochs,
         "minibatch_size": args.minibatch_size,
         "actor_lora_r": args.lora_r,
         "save_every": args.save_every,
-        "pretraining": byte_tokens(args.pretraining) if hasattr(args, "pretraining") else None,
+        "pretraining": text_tokens(args.pretraining, tokenizer) if hasattr(args, "pretraining") else None,
         "watch": WatchSettings() if hasattr(args, "watch") else None,
         **{
             name: getattr(args, name) for name in ("max_approx_kl", "ptx_coef", "top_k", "top_p") if hasattr(args, name)
@@ -156,10 +164,9 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
     }
 
 
-def byte_tokens(paths: Sequence[str]) -> Tensor:
+def text_tokens(paths: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     """Texts of files as one run of ids (n,), an end after each."""
-    ids = [torch.tensor([*TOKENIZER.encode(text), TOKENIZER.eos_token]) for text in read_texts(paths)]
-    return torch.cat(ids)
+    return torch.cat([tokenizer.encode(text, eos=True) for text in read_texts(paths)])
 
 
 def begin_run(args: argparse.Namespace) -> None:
@@ -178,10 +185,11 @@ def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) ->
     out, say = args.run_dir / IMPROVED, trainer.accelerator.print
     if trainer.accelerator.is_main_process:
         save_config(args, args.run_dir / CONFIG)
+        save_tokenizer(model_tokenizer(trainer), out)
     try:
         trainer.train(
             args.episodes, update_timesteps=args.update_timesteps, resume="auto" if hasattr(args, "resume") else None,
-            preflight=not hasattr(args, "no_preflight"), **sampling_of(args),
+            preflight=not hasattr(args, "no_preflight"), **sampling_of(args, trainer),
         )  # fmt: skip
     except PreflightError as error:  # a list, which one line would make unreadable
         print(f"palm-rlhf {args.command}: error: {error}", file=sys.stderr)
@@ -201,14 +209,20 @@ def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) ->
     return 0
 
 
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_of(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) -> dict[str, Any]:
     """The options that say how responses are sampled, as the trainer's methods take them."""
     return {
         "max_seq_len": args.max_seq_len,
         "max_new_tokens": args.max_new_tokens,
-        "eos_token": TOKENIZER.eos_token,
+        "eos_token": getattr(trainer.tokenizer, "eos_token", None),
         "temperature": args.temperature,
     }
+
+
+def model_tokenizer(trainer: RLHFTrainer | GRPOTrainer) -> Tokenizer:
+    """The tokenizer that goes with the trainer's model, --chat or not."""
+    found: Any = trainer.tokenizer
+    return found.tokenizer if isinstance(found, ChatTokenizer) else found
 
 
 def refuse_run(run_dir: Path) -> None:

@@ -5,7 +5,7 @@ and each row keeps its own positions. Prompts that are alike are read once, and 
 Knows of the model only that it embeds tokens and decodes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -102,6 +102,21 @@ class LanguageModel(Protocol):
         ...
 
 
+class Begun(NamedTuple):
+    """Rows whose prompts have been read; `decode_steps` goes on from here.
+
+    decoder: holds what is cached of them.
+    hidden: the prompts' last hidden states, (b, d).
+    responses: what is drawn goes here.
+    steps: the most tokens a row may get.
+    """
+
+    decoder: Decoder
+    hidden: Tensor
+    responses: Responses
+    steps: int
+
+
 @torch.no_grad()
 def generate_responses(
     model: LanguageModel,
@@ -144,6 +159,36 @@ def generate_responses(
         ValueError: if a setting names no distribution, max_new_tokens is below 1, a row is all padding, or the model's
             logits are not finite.
     """
+    begun = begin(
+        model, prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        eos_token=eos_token, generator=generator, adapter=adapter,
+    )  # fmt: skip
+    for _ in decode_steps(begun):
+        if on_step is not None:
+            on_step()
+    responses = begun.responses
+    taken = int(responses.lengths.max())
+    mask = lengths_to_mask(responses.lengths, taken)
+    logprobs = responses.logprobs[:, :taken].masked_fill(~mask, 0.0)
+    _check_finite(logprobs)
+    return Generation(responses.tokens[:, :taken], mask, logprobs, responses.ended)
+
+
+@torch.no_grad()
+def begin(
+    model: LanguageModel,
+    prompts: Tensor,
+    prompt_mask: Tensor | None,
+    *,
+    max_new_tokens: int | Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_token: int | None,
+    generator: torch.Generator | None,
+    adapter: Adapter | None,
+) -> Begun:
+    """Check the settings and read the prompts; arguments and errors are those of `generate_responses`."""
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     check_generator(generator, prompts.device)
     prompts, prompt_mask = _pack(prompts, prompt_mask)
@@ -160,19 +205,16 @@ def generate_responses(
         budget, steps, greedy=temperature < SMALLEST_TEMPERATURE, eos_token=eos_token, generator=generator,
         sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
     )  # fmt: skip
-    hidden = _prefill(model, decoder, prompts, prompt_mask, adapter)
-    _respond(decoder, hidden, responses, steps, on_step)
-    taken = int(responses.lengths.max())
-    mask = lengths_to_mask(responses.lengths, taken)
-    logprobs = responses.logprobs[:, :taken].masked_fill(~mask, 0.0)
-    _check_finite(logprobs)
-    return Generation(responses.tokens[:, :taken], mask, logprobs, responses.ended)
+    return Begun(decoder, _prefill(model, decoder, prompts, prompt_mask, adapter), responses, steps)
 
 
-def _respond(
-    decoder: Decoder, hidden: Tensor, responses: Responses, steps: int, on_step: Callable[[], object] | None
-) -> None:
-    """Draw from the prompts' last hidden states (b, d), then embed and draw until all rows have ended."""
+def decode_steps(begun: Begun) -> Iterator[int]:
+    """Draw from the prompts' last hidden states, then embed and draw until all rows have ended.
+
+    Yields how many tokens have been drawn, after each. Between two steps the caller is in its own modes, may end rows
+    (`Responses.end`), and may stop asking: nothing but its own record of the rows is held.
+    """
+    decoder, hidden, responses, steps = begun
     check_every, share = CHECKS["cpu" if hidden.device.type == "cpu" else "cuda"]
 
     def advance(span: int) -> None:
@@ -189,18 +231,17 @@ def _respond(
                 span = decoder.span
                 advance_fast(span, left=min(span - decoder.filled, steps - step))
                 decoder.filled += 1
-        if on_step is not None:  # the caller's own: in the caller's own modes
-            on_step()
+        yield step + 1
         if not responses.may_end_early or step % check_every != check_every - 1:
             continue
-        alive = responses.alive()
-        if len(alive) == 0:
-            break
-        if len(alive) <= share * len(responses.rows):
-            with torch.inference_mode():
+        with torch.inference_mode():
+            alive = responses.alive()
+            if len(alive) == 0:
+                break
+            if len(alive) <= share * len(responses.rows):
                 responses.keep(alive)
                 decoder.keep(alive)
-            advance_fast = StepGraphs(advance, hidden.device)
+                advance_fast = StepGraphs(advance, hidden.device)
 
 
 def _prefill(

@@ -78,6 +78,12 @@ class Responses:
         """Which of the rows in the batch go on, as places in it, ascending; waits for the device."""
         return (self.lengths[self.rows] > self.step).nonzero()[:, 0]
 
+    def end(self, row: int, length: int) -> None:
+        """End one of the b rows after so many of its tokens, for a reason of the caller's."""
+        with torch.inference_mode():
+            self.lengths[row] = length
+        self.may_end_early = True
+
     def keep(self, places: Tensor) -> None:
         """Go on with the rows at some places of the batch."""
         self.rows, self.current = self.rows[places], self.current[places]

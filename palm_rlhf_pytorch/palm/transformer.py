@@ -7,8 +7,7 @@ The model maps tokens to logits, keeps low-rank scopes beside its weights, and i
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +18,19 @@ from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.objectives.language import chunked_next_token_loss
 from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock, Pass
 from palm_rlhf_pytorch.palm.config import check_dropout, checked_config
-from palm_rlhf_pytorch.palm.copying import build_from, save_model, share_weights, take_checkpoint
+from palm_rlhf_pytorch.palm.copying import share_weights
 from palm_rlhf_pytorch.palm.decoding import Decoder
+from palm_rlhf_pytorch.palm.files import PaLMFiles
 from palm_rlhf_pytorch.palm.generation import continue_prompts
 from palm_rlhf_pytorch.palm.inputs import check_length, check_tokens
 from palm_rlhf_pytorch.palm.scopes import Scopes
+from palm_rlhf_pytorch.palm.text_generation import generate_text, stream
 from palm_rlhf_pytorch.products import linear, product_dtype
 from palm_rlhf_pytorch.rotary import longest_position, rotary_factors
-from palm_rlhf_pytorch.training.tensor_file import load_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
-class PaLM(nn.Module):
+class PaLM(PaLMFiles, nn.Module):
     """The language model: token ids in, logits out. Shapes: b batch, n tokens, d features, v vocabulary."""
 
     @typecheck
@@ -252,6 +252,8 @@ class PaLM(nn.Module):
             adapter=self.finetune_modules.chosen(finetune_scope, disabled=disable_lora),
         )  # fmt: skip
 
+    generate_text, stream = generate_text, stream  # text in, text out: functions that serve as methods
+
     # scopes: low-rank adapters kept under a name
 
     def new_adapter(
@@ -304,7 +306,7 @@ class PaLM(nn.Module):
             if not name.startswith("finetune_modules."):
                 yield name, parameter
 
-    # copies and files
+    # copies; files are palm/files.py's
 
     @property
     def config(self) -> dict[str, Any]:
@@ -317,34 +319,3 @@ class PaLM(nn.Module):
         The original keeps its own flags, scopes and mode; scopes are left out of the new one.
         """
         return share_weights(self, trainable)
-
-    def save(self, path: str | Path, *, with_scopes: bool = False) -> None:
-        """Write weights and configuration to one file, atomically; `.safetensors` by its suffix, else torch's format.
-
-        Args:
-            path: the file.
-            with_scopes: write the low-rank scopes too; without, the base weights alone.
-        """
-        save_model(self, path, kind="PaLM", with_scopes=with_scopes)
-
-    def load(self, path: str | Path) -> Self:
-        """Take over the weights of a file, its scopes too in place of those of the same name; returns the model.
-
-        All is checked before anything changes: after an error the model is as it was. Weights keep the model's dtype.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is no checkpoint, or one of another model (keys and shapes are named).
-        """
-        take_checkpoint(self, load_tensors(path, kind="PaLM"), path=path)
-        return self
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "PaLM":
-        """Build the model that a file describes, in float32 on the CPU, with its weights and scopes.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file holds no configuration, or does not fit it.
-        """
-        return build_from(cls, load_tensors(path, kind="PaLM"), path=path)

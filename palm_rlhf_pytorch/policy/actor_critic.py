@@ -230,6 +230,16 @@ class ActorCritic(nn.Module):
         return Observation(at.put(found.logprobs), values, at.put(found.ref_logprobs), at.put(found.kl))
 
     @torch.no_grad()
+    def logprobs(
+        self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float, lengths: Tensor
+    ) -> Tensor:
+        """The log-probabilities of `forward` alone, (b, t), from one pass of the actor; arguments as there."""
+        at = _places(sequences, prompt_lengths, response_length, lengths, None)
+        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
+        options = self.truncation._asdict() | {"temperature": temperature, "entropy_grad": False}
+        return at.put(chosen_logprobs(hidden, model.token_emb.weight, at.ids, **options).logprobs)
+
+    @torch.no_grad()
     def _ref_hidden(self, sequences: Tensor, at: "Places") -> Tensor:
         """The reference's hidden states before the places' tokens, (m, d)."""
         return at.before(self.palm.embed(sequences, dropout=0.0))

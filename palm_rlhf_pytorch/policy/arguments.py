@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from palm_rlhf_pytorch.palm.inputs import check_length
@@ -134,16 +133,6 @@ def check_judge(judge: object, palm: PaLM) -> None:
             f"reward_model reads {judge.palm.num_tokens} token ids, palm writes {palm.num_tokens}: they must share a"
             " vocabulary"
         )
-
-
-def check_trackers(log_with: object) -> None:
-    """Raise an ImportError, which names the extra, for a tracker of accelerate's that is not installed."""
-    names = log_with if isinstance(log_with, list | tuple) else [log_with]
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in names:
-        if isinstance(name, str) and name != "all" and name not in available:
-            extra = f"palm-rlhf-pytorch[{name}]" if name in ("wandb", "tensorboard") else name
-            raise ImportError(f"log_with names {name!r}, which is not installed: pip install {extra}")
 
 
 def check_sampling_arguments(

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy.arguments import check_trackers
 from palm_rlhf_pytorch.policy.direct_checks import prove
 from palm_rlhf_pytorch.policy.direct_data import Cuts, Encoder, Examples
 from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Objective, Reference, Tally, check_whole, digest_of
@@ -33,9 +32,10 @@ from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
-from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
+from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import Saves
 from palm_rlhf_pytorch.training.supervised import fit
+from palm_rlhf_pytorch.training.trackers import tracked_accelerator
 from palm_rlhf_pytorch.typecheck import typecheck
 
 HELD_OUT = ("loss", "accuracy", "margin")  # figures of held-out examples that are logged
@@ -73,6 +73,7 @@ class DirectTrainer:
         metrics_path: str | Path | None,
         accelerate_kwargs: Mapping[str, Any] | None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
     ) -> None:
         """Check and place what was given.
 
@@ -91,19 +92,17 @@ class DirectTrainer:
             metrics_path: a JSONL file that gets a line for each step; None for run_dir.
             accelerate_kwargs: passed to accelerate.Accelerator.
             optimizer: makes one of parameter groups, in place of fused AdamW.
+            log_with: see RLHFTrainer.
         """
         if seed < 0:
             raise ValueError(f"seed ({seed}) must be 0 or above")
-        check_trackers((accelerate_kwargs or {}).get("log_with"))
         self.name, self.loss_name, self.settings, self.seed = name, loss_name, settings, seed
         self.optimizer = optimizer
         self.encoder, self.examples, self.held_out = encoder, examples, held_out
-        self.accelerator = new_accelerator(accelerate_kwargs)
+        folder = run_dir or (metrics_path and Path(metrics_path).parent)
+        self.accelerator, self.trackers = tracked_accelerator(accelerate_kwargs, log_with, folder=folder)
         check_whole(self.accelerator)
         self.ranks = Ranks(self.accelerator)
-        if self.accelerator.log_with:
-            kept = {field.name: str(getattr(settings, field.name)) for field in fields(settings)}
-            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, "loss": loss_name, **kept})
         generator = torch.Generator().manual_seed(seed)
         self.policy = DirectPolicy(palm, objective, generator=generator, **settings.hat())
         self.policy.to(self.accelerator.device)
@@ -161,15 +160,19 @@ class DirectTrainer:
         settings, saves = self.settings, self._saves(resume)
         steps = self._plan(num_epochs, num_steps)
         self.reference(use_tqdm=use_tqdm)
-        if preflight:
-            self._prove(use_tqdm=use_tqdm)
-        found = fit(
-            self.policy, self._batches(steps), num_steps=steps.num_steps, accumulate=steps.accumulate, lr=settings.lr,
-            weight_decay=settings.weight_decay, warmup_steps=int(settings.warmup * steps.num_steps),
-            max_norm=settings.max_norm, accelerator=self.accelerator, metrics=self.metrics, progress=use_tqdm,
-            evaluate=None if self.held_out is None else self.evaluate, eval_every=settings.eval_every,
-            description=self.name, saves=saves, optimizer=self.optimizer,
-        )  # fmt: skip
+        config = {"trainer": type(self).__name__, "seed": self.seed, "loss": self.loss_name, **asdict(settings)}
+        config |= {"palm": self.policy.palm.config, "num_steps": steps.num_steps, "processes": self.ranks.count}
+        with self.trackers.running(config):
+            if preflight:
+                self._prove(use_tqdm=use_tqdm)
+            found = fit(
+                self.policy, self._batches(steps), num_steps=steps.num_steps, accumulate=steps.accumulate,
+                lr=settings.lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm,
+                warmup_steps=int(settings.warmup * steps.num_steps), accelerator=self.accelerator,
+                metrics=self.metrics, progress=use_tqdm, evaluate=None if self.held_out is None else self.evaluate,
+                eval_every=settings.eval_every, description=self.name, saves=saves,
+                optimizer=self.optimizer,
+            )  # fmt: skip
         self.steps += steps.num_steps
         self.stopped = None if saves is None else saves.stopped
         return found | self.latest

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.tensors import pad_ragged
 from palm_rlhf_pytorch.text.records import Pair, Text, Vote
-from palm_rlhf_pytorch.text.tokenizer import encode_with
+from palm_rlhf_pytorch.text.tokenizer import encode_with, response_tokenizer
 
 
 class Cuts(NamedTuple):
@@ -219,9 +219,9 @@ class Encoder:
             ValueError: naming the place, if a text has no token or one outside the vocabulary.
         """
         prompts = self._encoded({text.prompt: place for group, place in zip(groups, places, strict=True)
-                                 for text in group})  # fmt: skip
+                                 for text in group}, self.tokenizer)  # fmt: skip
         responses = self._encoded({text.response: place for group, place in zip(groups, places, strict=True)
-                                   for text in group})  # fmt: skip
+                                   for text in group}, response_tokenizer(self.tokenizer))  # fmt: skip
         ids, prompt_lengths, cuts = [], [], UNCUT
         for group, place in zip(groups, places, strict=True):
             ended = [self._ended(responses[text.response], place) for text in group]
@@ -235,10 +235,10 @@ class Encoder:
                 prompt_lengths.append(len(kept))
         return TokenTexts(ids, prompt_lengths, cuts)
 
-    def _encoded(self, places: dict[str, str]) -> dict[str, Tensor]:
+    def _encoded(self, places: dict[str, str], tokenizer: object) -> dict[str, Tensor]:
         """Ids of different texts; none of an empty one."""
         texts = [text for text in places if text]
-        found = dict(zip(texts, encode_with(self.tokenizer, texts), strict=True))
+        found = dict(zip(texts, encode_with(tokenizer, texts), strict=True))
         for text, ids in found.items():
             if int(ids.max()) >= self.num_tokens:
                 raise ValueError(

@@ -176,7 +176,7 @@ class Reference:
         file = load_tensors(self.path, kind=KIND)
         if file.kind != KIND:
             raise ValueError(f"{self.path} holds something else than {KIND}; move it away, or name another path")
-        return file.tensors if file.config.get("digest") == digest else None
+        return dict(file.tensors) if file.config.get("digest") == digest else None
 
     @torch.no_grad()
     def _computed(self, policy: DirectPolicy, texts: TokenTexts, bar: tqdm) -> Tensor:

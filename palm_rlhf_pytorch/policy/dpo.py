@@ -49,6 +49,7 @@ class DPOTrainer(DirectTrainer):
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training: all texts become ids; nothing goes through the model yet.
@@ -70,9 +71,10 @@ class DPOTrainer(DirectTrainer):
             reference_path: where the reference's log-probabilities are kept, for runs to share; by default
                 reference.safetensors in run_dir. A file of another model or other texts is replaced.
             metrics_path: a JSONL file that gets a line for each step; by default metrics.jsonl in run_dir.
-            accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
+            accelerate_kwargs: passed to accelerate.Accelerator.
             optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
                 `training/optimizers.py` has `muon`.
+            log_with: see RLHFTrainer.
             **settings: the fields of DirectSettings, where each is described.
 
         Raises:
@@ -88,7 +90,7 @@ class DPOTrainer(DirectTrainer):
             palm, pair_objective(loss), name="dpo", loss_name=described(loss), settings=chosen, encoder=encoder,
             examples=self.pairs, held_out=looked_at, seed=seed,
             run_dir=run_dir, reference_path=reference_path, metrics_path=metrics_path,
-            accelerate_kwargs=accelerate_kwargs, optimizer=optimizer,
+            accelerate_kwargs=accelerate_kwargs, log_with=log_with, optimizer=optimizer,
         )  # fmt: skip
         self._fall_told = False
 

@@ -37,8 +37,8 @@ from palm_rlhf_pytorch.policy.comparison import (
 )
 from palm_rlhf_pytorch.policy.judging import Judge, evaluating, judge_sequences
 from palm_rlhf_pytorch.policy.prompts import Prompts, prompts_from
-from palm_rlhf_pytorch.policy.records import Decoder
 from palm_rlhf_pytorch.tensors import lengths_to_mask, pad_ragged, split_rows
+from palm_rlhf_pytorch.text.tokenizer import Decoder
 from palm_rlhf_pytorch.training.atomic import replacing
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from palm_rlhf_pytorch.policy.judging import Judge, judge_source
 from palm_rlhf_pytorch.policy.records import (
     NUMBERS,
-    Decoder,
     Row,
     Spans,
     described,
 )
 from palm_rlhf_pytorch.policy.rollout import Rollout, Rows, row_batches
 from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
+from palm_rlhf_pytorch.text.tokenizer import Decoder
 from palm_rlhf_pytorch.training.atomic import replacing
 
 GATHERED = 1 << 20  # bytes that are handed to the disk together

@@ -69,6 +69,7 @@ class GRPOTrainer(OnlineTrainer):
         pretraining: Tensor | np.ndarray | None = None,
         watch: WatchSettings | None = None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -90,13 +91,16 @@ class GRPOTrainer(OnlineTrainer):
             run_dir: folder of the run: its metrics, its experience, and the checkpoints from which `train` resumes.
                 None keeps no checkpoints, and experience in a temporary folder.
             metrics_path: a JSONL file that gets a line for each update; by default metrics.jsonl in run_dir.
-            accelerate_kwargs: passed to accelerate.Accelerator; `log_with` there names trackers.
+            accelerate_kwargs: passed to accelerate.Accelerator.
             pretraining: token ids (n,), a tensor, array or memory map, of which random windows are read in each step
                 where `ptx_coef` asks for it.
             watch: when to end the run and go back to the best policy, by the held-out judge or by signs that the judge
                 is being fooled (`policy/watch.py`); it needs a run_dir. None never does.
             optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
                 `training/optimizers.py` has `muon`; betas and adam_eps are AdamW's alone.
+            log_with: trackers that get the metrics too: "wandb", "tensorboard", any that accelerate knows, a
+                `GeneralTracker`, a list of them, or `training.trackers.Tracking`, which names project and run. They are
+                started by `train` and closed at its end. Files go to `trackers` in the run's folder.
             **settings: the fields of GroupSettings and of PolicySettings, where each is described; `objective` first.
 
         Raises:
@@ -113,6 +117,7 @@ class GRPOTrainer(OnlineTrainer):
             loss=self._loss(chosen, max_length=1), prompts=sources, seed=seed, run_dir=run_dir,
             metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, pretraining=pretraining, watch=watch,
             optimizer=optimizer,
+            log_with=log_with,
         )  # fmt: skip
         self.lesson = self._lesson
 

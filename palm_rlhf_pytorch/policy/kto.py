@@ -52,6 +52,7 @@ class KTOTrainer(DirectTrainer):
         metrics_path: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing goes through the model yet.
@@ -74,6 +75,7 @@ class KTOTrainer(DirectTrainer):
             accelerate_kwargs: passed to accelerate.Accelerator.
             optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW:
                 `training/optimizers.py` has `muon`.
+            log_with: see RLHFTrainer.
             **settings: the fields of DirectSettings; a minibatch_size of 16 to 128 suits the baseline.
 
         Raises:
@@ -96,7 +98,7 @@ class KTOTrainer(DirectTrainer):
         super().__init__(
             palm, self._objective, name="kto", loss_name=f"kto_loss({told})", settings=chosen, encoder=encoder,
             examples=self.votes, held_out=looked_at, seed=seed, run_dir=run_dir, reference_path=reference_path,
-            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, optimizer=optimizer,
+            metrics_path=metrics_path, accelerate_kwargs=accelerate_kwargs, log_with=log_with, optimizer=optimizer,
         )  # fmt: skip
         unbalanced = self.balance()
         if unbalanced.status == "warn" and self.accelerator.is_main_process:

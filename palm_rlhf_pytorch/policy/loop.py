@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.diagnostics import headline, timing_metrics
 from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.inspection import RolloutFiles
 from palm_rlhf_pytorch.policy.judging import Judged
 from palm_rlhf_pytorch.policy.preflight import Report
 from palm_rlhf_pytorch.policy.progress import Progress
@@ -31,6 +32,7 @@ from palm_rlhf_pytorch.policy.rollout import Prompting, observed, rollout_parts,
 from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.policy.run import Flight
 from palm_rlhf_pytorch.policy.samples import SampleLog
+from palm_rlhf_pytorch.policy.targets import Lesson
 from palm_rlhf_pytorch.policy.trainer_state import Trainer, restore_state, state_of
 from palm_rlhf_pytorch.policy.watch import Verdict
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint
@@ -44,6 +46,8 @@ class Trainable(Trainer, Protocol):
 
     metrics: MetricsLog
     samples: SampleLog
+    kept_rollouts: RolloutFiles
+    taught: Lesson | None
     tokenizer: Any
 
     def next_prompts(self, count: int) -> PromptBatch:
@@ -129,6 +133,7 @@ def begin(trainer: Trainable, call: Call, resume: str | Path | None) -> Call:
     if resume is not None or (not run.begun and trainer.metrics.path == run.metrics_path):
         trainer.metrics.rewind(trainer.updates)  # of a run that came further than its last checkpoint, or to none
         trainer.samples.rewind(trainer.updates)
+        trainer.kept_rollouts.rewind(trainer.updates, main=trainer.accelerator.is_main_process)
     run.begun = True
     return call
 
@@ -203,6 +208,7 @@ class Loop:
             flight.sampled, trainer.settings.keep_samples, step=trainer.updates, ranks=trainer.ranks,
             tokenizer=trainer.tokenizer, held_out_scores=flight.held_out_scores,
         )  # fmt: skip
+        trainer.kept_rollouts.add(trainer, held_out_scores=flight.held_out_scores)
         for finding in trainer.doctor.examine(metrics):
             self.say(f"update {trainer.updates}: {finding}")
         if trainer.watch is not None:

@@ -25,6 +25,13 @@ class StepLoss(NamedTuple):
     figures: dict[str, Tensor]
 
 
+class Clipping(NamedTuple):
+    """Of each response token, (b, t): the ratio that is clipped, and 1 where its clipped loss is the larger one."""
+
+    ratios: Tensor
+    clipped: Tensor
+
+
 class Loss(Protocol):
     """What the learner asks of a method.
 
@@ -48,6 +55,10 @@ class Loss(Protocol):
             mask: True on response tokens that count, (b, t).
             counts: of the whole step.
         """
+        ...
+
+    def clipping(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Clipping:
+        """Where the loss clips; arguments (b, t) each, see `objectives.policy_gradient.policy_loss`."""
         ...
 
 
@@ -116,6 +127,15 @@ class PPOLoss(_Regularized):
         figures |= {f"value/{name}": figure.detach() for name, figure in value._asdict().items()}
         return StepLoss(loss, value.loss, figures | extra)
 
+    def clipping(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Clipping:
+        """See `Loss`."""
+        ratios = (logprobs - old_logprobs).exp().masked_fill(~mask, 0.0)
+        found = _clipping(ratios, advantages, mask, low=self.eps_clip, high=self.eps_clip)
+        if self.dual_clip is None:
+            return found
+        capped = mask & (advantages < 0) & (ratios > self.dual_clip)
+        return Clipping(ratios, found.clipped.maximum(capped.float()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupStepLoss(_Regularized):
@@ -140,3 +160,15 @@ class GroupStepLoss(_Regularized):
         if self.objective.kl_loss_coef:
             extra["policy/kl_loss"] = found.kl.detach()
         return StepLoss(loss, torch.zeros_like(loss), figures | extra)
+
+    def clipping(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Clipping:
+        """See `Loss`; where a whole response has one ratio, each of its tokens has that."""
+        new, old = (self.objective.level(part, mask)[0] for part in (logprobs, old_logprobs))
+        ratios = (new - old).exp().expand_as(mask).masked_fill(~mask, 0.0)
+        return _clipping(ratios, advantages, mask, low=self.objective.eps_clip, high=self.objective.eps_clip_high)
+
+
+def _clipping(ratios: Tensor, advantages: Tensor, mask: Tensor, *, low: float, high: float) -> Clipping:
+    """Clipped is what has moved beyond the trust region to the side on which it earns."""
+    beyond = torch.where(advantages > 0, ratios > 1 + high, (advantages < 0) & (ratios < 1 - low))
+    return Clipping(ratios, (beyond & mask).float())

@@ -4,6 +4,7 @@ What a method adds is its loss, its settings and what its rows teach: `policy/pp
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -26,6 +27,7 @@ class OnlineTrainer(PolicyTrainer):
     """Adds learning to what samples and judges."""
 
     lesson: Callable[..., Lesson] = Lesson  # makes what responses teach, see `lesson_from`
+    taught: Lesson | None = None  # what the last update has learnt from, until its rollouts are kept
 
     def run_call(
         self, call: Call, *, resume: str | Path | None, preflight: bool, use_tqdm: bool
@@ -38,10 +40,18 @@ class OnlineTrainer(PolicyTrainer):
         self.call = begin(self, call, resume)
         self.doctor.run = self.doctor.run._replace(eos_token=call.eos_token is not None)
         loop = Loop(self, self.call, use_tqdm=use_tqdm)
-        if preflight:
-            loop.prove()
-        history, self.stopped = loop.run()
+        with self.trackers.running(self.configuration, step=self.updates):
+            if preflight:
+                loop.prove()
+            history, self.stopped = loop.run()
         return history
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What the run is, for trackers: method, settings, model, the call of `train` if there is one."""
+        own = {"trainer": self.kind, "seed": self.seed, **self.settings.plain()}
+        own |= {"processes": self.ranks.count, "mixed_precision": self.accelerator.mixed_precision}
+        return own | {"palm": self.actor_critic.palm.config, "call": {} if self.call is None else asdict(self.call)}
 
     def preflight(
         self,
@@ -110,6 +120,7 @@ class OnlineTrainer(PolicyTrainer):
             version=min(self.updates, int(source.versions.max())),  # a rollout handed in may be older than the policy
             kind=self.lesson,
         )  # fmt: skip
+        self.taught = lesson if self.kept_rollouts.folder is not None else None
         random = partial(self.learning_generator, self.updates)
         metrics |= self.learner.update(lesson, random=random, progress=progress, on_step=on_step)
         episodes = num_fresh * self.ranks.count

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.policy.rollout import Rollout
 from palm_rlhf_pytorch.tensors import check_same_shape
+from palm_rlhf_pytorch.text.tokenizer import Decoder
 from palm_rlhf_pytorch.training.atomic import check_target
 
 FORMAT_VERSION = 1
@@ -253,14 +254,6 @@ def _check_version(path: Path, version: int) -> None:
 
 def _damaged(path: Path, reason: str) -> NoReturn:
     raise ValueError(f"{path} is damaged ({reason}); copy it again, or delete it together with its scores")
-
-
-class Decoder(Protocol):
-    """A tokenizer, as far as reading needs one."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
-        ...
 
 
 def described(row: Row, score: float, tokenizer: Decoder | None) -> dict[str, Any]:

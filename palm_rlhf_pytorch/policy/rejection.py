@@ -11,6 +11,7 @@ No reference holds the policy back: the bound of best of n, log n - (n - 1) / n 
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from palm_rlhf_pytorch.palm.copying import move_together
 from palm_rlhf_pytorch.palm.generation import generate_responses
 from palm_rlhf_pytorch.palm.inputs import check_length
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.policy.arguments import check_judge, check_trackers
+from palm_rlhf_pytorch.policy.arguments import check_judge
 from palm_rlhf_pytorch.policy.best_of_n import Best, best_of_n
 from palm_rlhf_pytorch.policy.direct_data import TokenTexts
 from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Figures, check_whole, digest_of
@@ -36,9 +37,10 @@ from palm_rlhf_pytorch.policy.prompts import prompts_from
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
-from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
+from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import Saves, clear
 from palm_rlhf_pytorch.training.supervised import fit
+from palm_rlhf_pytorch.training.trackers import tracked_accelerator
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -69,6 +71,7 @@ class RejectionTrainer:
         run_dir: str | Path | None = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
         **settings: Any,
     ) -> None:
         """Prepare training; nothing is sampled yet.
@@ -88,6 +91,7 @@ class RejectionTrainer:
             run_dir: folder of the run: metrics.jsonl, a line for each round, and a folder for each round.
             accelerate_kwargs: passed to accelerate.Accelerator.
             optimizer: makes one of parameter groups, each with its lr and weight_decay, in place of fused AdamW.
+            log_with: see RLHFTrainer; trackers get the line of each round.
             **settings: the fields of DirectSettings.
 
         Raises:
@@ -102,7 +106,6 @@ class RejectionTrainer:
             raise ValueError(f"seed ({seed}) must be 0 or above")
         self.settings = settings_from(settings, trainer="RejectionTrainer")
         check_judge(reward_model, palm)
-        check_trackers((accelerate_kwargs or {}).get("log_with"))
         self.prompts = prompts_from(
             num_tokens=palm.num_tokens, seed=seed, prompt_token_ids=prompt_token_ids, prompts=prompts,
             prompts_path=prompts_path, tokenizer=tokenizer,
@@ -110,11 +113,9 @@ class RejectionTrainer:
         self.judge, self.seed, self.max_batch_size = reward_model, seed, max_batch_size
         self.optimizer = optimizer
         self.num_samples, self.min_score = num_samples, min_score
-        self.accelerator = new_accelerator(accelerate_kwargs)
+        self.accelerator, self.trackers = tracked_accelerator(accelerate_kwargs, log_with, folder=run_dir)
         check_whole(self.accelerator)
         self.ranks = Ranks(self.accelerator)
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, "num_samples": num_samples})
         generator = torch.Generator().manual_seed(seed)
         self.policy = DirectPolicy(palm, response_loss, generator=generator, **self.settings.hat())
         judges = [reward_model] if isinstance(reward_model, nn.Module) else []
@@ -175,23 +176,32 @@ class RejectionTrainer:
         told = f"palm {self._trunk[:16]}, prompts {self.prompts.digest()[:16]}, {prompts_per_round} a round, seed "
         told += f"{self.seed}, best of {self.num_samples}, min_score {self.min_score}, {sampling}"
         self.metrics.rewind(first - 1)
-        self.stopped, history = None, []
-        for number in range(first, num_rounds + 1):
-            kept = self._kept(number, prompts_per_round, sampling, told, use_tqdm=use_tqdm)
-            if len(kept.examples) == 0:
-                self._end_without_choice(number, kept.figures["rejection/score"])
-                break
-            found, self.stopped = self._learn(number, kept, num_epochs, told, use_tqdm=use_tqdm)
-            if self.stopped is not None:
-                break
-            history.append(kept.figures | {"rejection/loss": found["train/loss"]})
-            self.metrics.log(history[-1], number)
-            self._forget(number - 1)
+        self.stopped = None
+        history: list[dict[str, float]] = []
+        with self.trackers.running(self._configuration | sampling, step=first - 1):
+            for number in range(first, num_rounds + 1):
+                kept = self._kept(number, prompts_per_round, sampling, told, use_tqdm=use_tqdm)
+                if len(kept.examples) == 0:
+                    self._end_without_choice(number, kept.figures["rejection/score"])
+                    break
+                found, self.stopped = self._learn(number, kept, num_epochs, told, use_tqdm=use_tqdm)
+                if self.stopped is not None:
+                    break
+                history.append(kept.figures | {"rejection/loss": found["train/loss"]})
+                self.metrics.log(history[-1], number)
+                self._forget(number - 1)
         return history
 
     def export_palm(self) -> PaLM:
         """The improved PaLM: a model of its own, the update merged into its weights, in eval mode."""
         return self.policy.export_palm()
+
+    @property
+    def _configuration(self) -> dict[str, Any]:
+        """What the run is, for trackers."""
+        own = {"trainer": type(self).__name__, "seed": self.seed, "num_samples": self.num_samples}
+        own |= {"min_score": self.min_score, **asdict(self.settings), "palm": self.policy.palm.config}
+        return own | {"processes": self.ranks.count}
 
     # a round
 
@@ -277,7 +287,8 @@ class RejectionTrainer:
             checkpoints = self._checkpoints(number)
             data = f"round {number} {examples.digest()[:16]}, {told}, minibatch_size {settings.minibatch_size}"
             saves = Saves(checkpoints, every=settings.save_every, resume=True, data=data)
-            log = MetricsLog(self._round(number) / "metrics.jsonl", accelerator=self.accelerator)
+            path = self._round(number) / "metrics.jsonl"
+            log = MetricsLog(path, accelerator=self.accelerator, tracked=False)  # its steps begin anew in each round
         found = fit(
             self.policy, _batches(examples, steps), num_steps=steps.num_steps, accumulate=steps.accumulate,
             lr=settings.lr, weight_decay=settings.weight_decay, warmup_steps=int(settings.warmup * steps.num_steps),

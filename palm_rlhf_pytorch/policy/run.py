@@ -1,6 +1,7 @@
 """A run on disk: the folder that holds its metrics, its experience and its checkpoints; and the update in hand.
 
     run_dir/metrics.jsonl
+    run_dir/rollouts/                                        see policy/inspection.py
     run_dir/experience/update-00000012.rank-0.rollouts       responses, one file an update and process
     run_dir/checkpoints/step-00000012/                       see training/checkpoint.py
 
@@ -145,6 +146,11 @@ class Run:
     def samples_path(self) -> Path | None:
         """Where the best and worst responses of each update go."""
         return None if self.checkpoints is None or self.folder is None else self.folder / "samples.jsonl"
+
+    @property
+    def rollouts_folder(self) -> Path | None:
+        """Where rollouts are kept to be looked at."""
+        return None if self.checkpoints is None or self.folder is None else self.folder / "rollouts"
 
     def keep_for(self, watch: WatchSettings | None) -> None:
         """Keep so many checkpoints that the one which a watch will call the best is still there when it does.

@@ -15,13 +15,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from palm_rlhf_pytorch.policy.records import Decoder
 from palm_rlhf_pytorch.policy.rollout import Rollout, row_batches
 from palm_rlhf_pytorch.policy.targets import Source
+from palm_rlhf_pytorch.text.tokenizer import Decoder
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.trackers import Trackers
 
 Sample = dict[str, Any]
+COLUMNS = ("kind", "prompt", "response", "score", "held_out_score", "kl", "length")  # of a tracker's table
 
 
 def extremes(
@@ -51,7 +53,7 @@ def extremes(
     for name, given in (("scores", scores), ("held_out_scores", held_out_scores)):
         if given is not None and given.shape != (len(spans),):
             raise ValueError(f"{name} {tuple(given.shape)} must be one for each of the {len(spans)} responses")
-    best, worst = _picked(scores.tolist(), k)
+    best, worst = picked(scores.tolist(), k)
     if not best:
         return []
     part = source.select(next(row_batches(spans, best + worst, device=torch.device("cpu"))))
@@ -69,7 +71,7 @@ def extremes(
 
 def extremes_of(samples: Sequence[Sample], k: int) -> list[Sample]:
     """The same out of samples that were picked on several processes, say `chain(*ranks.gather_values(samples))`."""
-    best, worst = _picked([sample["score"] for sample in samples], k)
+    best, worst = picked([sample["score"] for sample in samples], k)
     return [samples[at] | {"kind": "best"} for at in best] + [samples[at] | {"kind": "worst"} for at in worst]
 
 
@@ -81,9 +83,20 @@ class SampleLog:
     Args:
         path: the file; None writes none.
         accelerator: decides the main process.
+        trackers: of the run: those that can show one get a table (wandb and ClearML a table of their own, TensorBoard
+            text, others none), of prompt, response, score and KL.
+        table_every: steps from one table to the next; the first step has one.
     """
 
-    def __init__(self, path: str | Path | None, *, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        accelerator: Accelerator | None = None,
+        trackers: Trackers | None = None,
+        table_every: int = 1,
+    ) -> None:
+        self.trackers, self.table_every = trackers, table_every
         self._lines = MetricsLog(path, accelerator=accelerator)  # which mends and rewinds files of such lines
         self._main = accelerator is None or accelerator.is_main_process
 
@@ -98,6 +111,9 @@ class SampleLog:
         Raises:
             OSError: if the disk refuses, naming path and bytes.
         """
+        if self.trackers is not None and samples and (step - 1) % self.table_every == 0:
+            rows = [[sample.get(name) for name in COLUMNS] for sample in samples]
+            self.trackers.log_table("samples", COLUMNS, rows, step=step)
         if self.path is None or not self._main or not samples:
             return
         text = "".join(json.dumps({"step": step} | dict(sample), allow_nan=False) + "\n" for sample in samples)
@@ -121,7 +137,8 @@ class SampleLog:
             tokenizer: see `extremes`; ids are written where it cannot decode.
             held_out_scores: see `extremes`.
         """
-        if not k or self.path is None or source.scores is None:
+        tracked = self.trackers is not None and self.trackers.wanted
+        if not k or (self.path is None and not tracked) or source.scores is None:
             return
         decoder: Any = tokenizer if hasattr(tokenizer, "decode") else None
         with ranks.together():
@@ -154,8 +171,8 @@ def read_samples(path: str | Path) -> list[Sample]:
     return found
 
 
-def _picked(scores: Sequence[float], k: int) -> tuple[list[int], list[int]]:
-    """Places of the k best and the k worst finite scores."""
+def picked(scores: Sequence[float], k: int) -> tuple[list[int], list[int]]:
+    """Places of the k best and the k worst finite scores, none of them twice; the best take the odd one."""
     if k < 0:
         raise ValueError(f"k ({k}) must be 0 or more")
     finite = [place for place, score in enumerate(scores) if math.isfinite(score)]

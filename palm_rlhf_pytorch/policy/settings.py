@@ -69,6 +69,9 @@ class PolicySettings:
         save_rollouts: write a checkpoint between scoring and learning too: where sampling takes longest.
         keep_samples: responses of each update, the best and as many of the worst, that are written to samples.jsonl in
             the run_dir.
+        log_samples_every: updates between two tables of them in trackers that show tables.
+        keep_rollouts: last updates of which the same responses are kept token by token, in `rollouts` in the run_dir,
+            for `palm-rlhf inspect`; 0 for none.
         keep_last: newest checkpoints that are kept.
         keep_best: name of a metric: the checkpoint where it was highest is kept too.
     """
@@ -106,6 +109,8 @@ class PolicySettings:
     save_every_steps: int | None = None
     save_rollouts: bool = False
     keep_samples: int = 3
+    log_samples_every: int = 10
+    keep_rollouts: int = 1
     keep_last: int = 2
     keep_best: str | None = None
 
@@ -121,10 +126,12 @@ class PolicySettings:
                 raise ValueError(f"{name} ({value}) must be finite")
         self.check_positive(
             "epochs", "minibatch_size", "max_batch_size", "max_batch_tokens", "adam_eps", "max_skipped_steps",
-            "keep_experience", "save_every", "keep_last",
+            "keep_experience", "save_every", "keep_last", "log_samples_every",
         )  # fmt: skip
         self.check_positive("max_norm", "judge_timeout", "save_every_steps", "max_approx_kl", optional=True)
-        self.check_least("actor_lr", "actor_wd", "missing_eos_penalty", "kl_exact_coef", "ptx_coef", "keep_samples")
+        self.check_least(
+            "actor_lr", "actor_wd", "missing_eos_penalty", "kl_exact_coef", "ptx_coef", "keep_samples", "keep_rollouts"
+        )
         self.check_share("max_dropped")
         check_sampling(temperature=1.0, top_k=self.top_k, top_p=self.top_p)
         if self.ptx_length < 2:

@@ -22,11 +22,11 @@ from palm_rlhf_pytorch.policy.arguments import (
     check_answer_arguments,
     check_judge,
     check_rollout_arguments,
-    check_trackers,
 )
 from palm_rlhf_pytorch.policy.critic_start import start_critic
 from palm_rlhf_pytorch.policy.doctor import Doctor
 from palm_rlhf_pytorch.policy.experience import Experience
+from palm_rlhf_pytorch.policy.inspection import RolloutFiles
 from palm_rlhf_pytorch.policy.judging import Judge, Judged, ask_source, judged
 from palm_rlhf_pytorch.policy.learning import Learner
 from palm_rlhf_pytorch.policy.losses import Loss
@@ -43,7 +43,8 @@ from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
-from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
+from palm_rlhf_pytorch.training.ranks import Ranks
+from palm_rlhf_pytorch.training.trackers import tracked_accelerator
 from palm_rlhf_pytorch.typecheck import typecheck
 
 STREAMS = (
@@ -76,6 +77,7 @@ class PolicyTrainer:
         pretraining: Tensor | np.ndarray | None = None,
         watch: WatchSettings | None = None,
         optimizer: OptimizerFactory | None = None,
+        log_with: object | None = None,
     ) -> None:
         """Check and place what was given: arguments of `RLHFTrainer`, `prompts` being those of `prompts_from`.
 
@@ -91,12 +93,9 @@ class PolicyTrainer:
         judges = [judge] if held_out_judge is None else [judge, held_out_judge]
         for each in judges:
             check_judge(each, palm)
-        check_trackers((accelerate_kwargs or {}).get("log_with"))
-        self.accelerator = new_accelerator(accelerate_kwargs)
+        folder = run_dir or (metrics_path and Path(metrics_path).parent)
+        self.accelerator, self.trackers = tracked_accelerator(accelerate_kwargs, log_with, folder=folder)
         self.ranks = Ranks(self.accelerator)
-        if self.accelerator.log_with:
-            kept = {name: str(value) for name, value in settings.plain().items()}  # some trackers take no lists
-            self.accelerator.init_trackers("palm-rlhf", config={"seed": seed, **kept})
         self.run = Run(run_dir, self.ranks, **settings.run_arguments())
         self.metrics = MetricsLog(metrics_path or self.run.metrics_path, accelerator=self.accelerator)
         self.reward_model, self.held_out_judge, trunk = judge, held_out_judge, palm.share()
@@ -117,7 +116,11 @@ class PolicyTrainer:
         self.run.keep_for(watch)
         if isinstance(judge, JudgeSum):
             self.metrics.define({f"reward/{name}": f"mean raw score of the judge {name!r}" for name in judge.judges})
-        self.samples = SampleLog(self.run.samples_path, accelerator=self.accelerator)
+        self.samples = SampleLog(
+            self.run.samples_path, accelerator=self.accelerator, trackers=self.trackers,
+            table_every=settings.log_samples_every,
+        )  # fmt: skip
+        self.kept_rollouts = RolloutFiles(self.run.rollouts_folder, keep=settings.keep_rollouts)
         self.tokenizer = prompts["tokenizer"]
         self.kl_coef = settings.first_kl_coef
         self.rollouts = self.answers = self.episodes = self.updates = self.saves = 0

@@ -42,7 +42,7 @@ from palm_rlhf_pytorch.training.tensor_file import check_state
 FREE = (  # settings that a run may go on without: the bits may differ, the run is the same
     "actor_lr", "critic_lr", "max_batch_size", "max_batch_tokens", "activation_checkpointing", "judge_timeout",
     "max_dropped", "max_skipped_steps", "keep_experience", "save_every", "save_every_steps", "save_rollouts",
-    "keep_last", "keep_best", "keep_samples",
+    "keep_last", "keep_best", "keep_samples", "log_samples_every", "keep_rollouts",
 )  # fmt: skip
 
 

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.palm.hub import HubModel, locate, on_disk, write_folder
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.files import build_model, same_trunk
 from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.text.records import Label
-from palm_rlhf_pytorch.training.tensor_file import TensorFile, load_tensors, save_tensors
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.training.tensor_file import TensorFile, save_tensors
+from palm_rlhf_pytorch.training.tensor_reader import TensorReader
 from palm_rlhf_pytorch.typecheck import typecheck
 
 KIND = "RewardEnsemble"
@@ -53,7 +56,7 @@ def lower_bound(c: float) -> Combine:
     return lambda scores: scores.mean(dim=0) - c * scores.std(dim=0, correction=0)
 
 
-class RewardEnsemble(nn.Module):
+class RewardEnsemble(HubModel, nn.Module):
     """A judge of several: token ids (b, n) in, one score of all members out, (b,).
 
     Scores are combined after each member's own normalisation (`normalize_scores`): what pairs teach leaves every
@@ -148,34 +151,58 @@ class RewardEnsemble(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the trunk once, and what is each member's own, to one file, atomically; see `PaLM.save`."""
+        tensors, config = self._stored()
+        save_tensors(path, tensors, kind=KIND, config=config)
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> None:
+        """Write a folder for `from_pretrained` and the Hub; see `PaLM.save_pretrained`."""
+        tensors, config = self._stored()
+        write_folder(folder, tensors, kind=KIND, config=config, extra={}, tokenizer=tokenizer)
+
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"palm.{name}": tensor for name, tensor in self.palm.state_dict().items()}
         for number, member in enumerate(self.models):
             own = {name: tensor for name, tensor in member.state_dict().items() if not name.startswith("palm.")}
             tensors |= {f"members.{number}.{name}": tensor for name, tensor in own.items()}
-        config = {"palm": self.palm.config, "members": [asdict(member.settings) for member in self.models]}
-        save_tensors(path, tensors, kind=KIND, config=config)
+        return tensors, {"palm": self.palm.config, "members": [asdict(member.settings) for member in self.models]}
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, combine: Combine = mean) -> Self:
-        """Build the ensemble that a file holds, on the CPU.
+        """Build the ensemble that a file, or a folder, holds, on the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is none, or damaged.
         """
-        return cls(_members(load_tensors(path, kind=KIND), path), combine=combine)
+        return cls._read(on_disk(path).weights, config={}, dtype=None, device="cpu", arguments={"combine": combine})
+
+    @classmethod
+    def _read(
+        cls, path: Path, *, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str,
+        arguments: Mapping[str, Any],
+    ) -> Self:  # fmt: skip
+        reader = TensorReader(path, kind=KIND)
+        tensors = {
+            name: reader.read(part, dtype=dtype if name.startswith("palm.") else None, device=device)
+            for name, part in reader.whole().items()
+        }
+        return cls(_members(TensorFile(tensors, reader.kind, reader.config, reader.extra), path), **arguments)
 
 
-def load_judge(path: str | Path, *, combine: Combine = mean) -> RewardModel | RewardEnsemble:
-    """The judge in a file, on the CPU: one reward model, or an ensemble, whose members' scores `combine` puts together.
+def load_judge(name_or_path: str | Path, *, combine: Combine = mean) -> RewardModel | RewardEnsemble:
+    """The judge of a file, a folder or a Hub repository, on the CPU: one reward model, or an ensemble.
+
+    Args:
+        name_or_path: as `RewardModel.from_pretrained` takes it.
+        combine: puts an ensemble's scores together.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds neither.
     """
-    found = load_tensors(path)
-    if found.kind == KIND:
-        return RewardEnsemble(_members(found, path), combine=combine)
+    path = locate(name_or_path).weights
+    if TensorReader(path).kind == KIND:
+        return RewardEnsemble.from_checkpoint(path, combine=combine)
     return RewardModel.from_checkpoint(path)
 
 

@@ -10,9 +10,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.palm.copying import without_memory
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.tensors import at_least_float32
 from palm_rlhf_pytorch.training.tensor_file import TensorFile, check_state
+from palm_rlhf_pytorch.training.tensor_reader import Part, TensorReader
 
 
 class OnTrunk(Protocol):
@@ -32,33 +34,69 @@ class OnTrunk(Protocol):
 Model = TypeVar("Model", bound=OnTrunk)
 
 
-def build_model(
-    make: Callable[..., Model], checkpoint: TensorFile, *, path: str | Path, config: Mapping[str, Any] | None = None
-) -> Model:
+def build_model(make: Callable[..., Model], checkpoint: TensorFile, *, path: str | Path) -> Model:
     """The model of a checkpoint, on the CPU; its weights are the checkpoint's tensors, not copies.
 
     Args:
         make: called as make(palm, **settings).
-        checkpoint: what `load_tensors` read.
+        checkpoint: what `load_tensors` read, with a configuration.
         path: where it came from, for messages.
-        config: stands in for one that the file lacks.
 
     Raises:
-        ValueError: if there is no configuration, or none from which a model can be made, or tensors do not fit it.
+        ValueError: if no model can be made of the configuration, or tensors do not fit it.
     """
-    config = checkpoint.config if checkpoint.kind is not None else config
-    if config is None:
-        raise ValueError(f"{path} holds no configuration; build the RewardModel yourself, then load(path)")
+    model = _empty(make, checkpoint.config, path)
+    _fill(model, with_normalization(checkpoint.tensors), path)
+    return model
+
+
+def read_model(
+    make: Callable[..., Model],
+    reader: TensorReader,
+    config: Mapping[str, Any],
+    parts: Mapping[str, Part],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """The model of a file, its tensors read in pieces.
+
+    Args:
+        make: called as make(palm, **settings).
+        reader: the file.
+        config: what to build it from.
+        parts: where its tensors are.
+        dtype: of the trunk; None keeps the file's. All else is float32.
+        device: where to put it.
+
+    Raises:
+        ValueError: as `build_model` does.
+    """
+    model = _empty(make, config, reader.path)
+    check_state(model.state_dict(), with_normalization(parts), path=reader.path)
+    tensors = {
+        name: reader.read(part, dtype=dtype if name.startswith("palm.") else None, device=device)
+        for name, part in parts.items()
+    }
+    _fill(model, with_normalization(tensors, device=device), reader.path)
+    return model
+
+
+def _empty(make: Callable[..., Model], config: Mapping[str, Any], path: str | Path) -> Model:
+    """A model without memory, as a configuration describes it."""
     settings = dict(config)
     trunk = settings.pop("palm", None)
     if not isinstance(trunk, dict):
         raise ValueError(f"{path} is damaged: its configuration lacks that of the trunk, 'palm'")
     try:
-        with torch.device("meta"):  # no memory, no random numbers: the tensors of the file take the place of all
-            model = make(PaLM(**trunk), **settings)
+        with without_memory():
+            return make(PaLM(**trunk), **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds a configuration that builds no reward model: {error}") from error
-    tensors = with_normalization(checkpoint.tensors)
+
+
+def _fill(model: OnTrunk, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check tensors, and make them the model's own."""
     check_state(model.state_dict(), tensors, path=path)
     odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if odd:
@@ -66,12 +104,14 @@ def build_model(
     if not 0 < float(tensors["score_std"]) < float("inf"):
         raise ValueError(f"{path} is damaged: score_std, by which scores are divided, is {tensors['score_std']}")
     model.load_state_dict({name: _in_its_dtype(name, tensor) for name, tensor in tensors.items()}, assign=True)
-    return model
 
 
-def with_normalization(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def with_normalization(
+    tensors: Mapping[str, Any], prefix: str = "", *, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Tensors with the shift and scale of scores, which files from before there were any lack."""
-    return {f"{prefix}score_mean": torch.zeros(()), f"{prefix}score_std": torch.ones(()), **tensors}
+    neutral = {"score_mean": torch.zeros((), device=device), "score_std": torch.ones((), device=device)}
+    return {f"{prefix}{name}": tensor for name, tensor in neutral.items()} | dict(tensors)
 
 
 def unshare(palm: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:

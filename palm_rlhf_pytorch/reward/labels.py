@@ -5,7 +5,7 @@ A label's texts stay together, so that one pass scores all that its loss compare
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.tensors import pad_ragged, split_rows
 from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Rating, Text, Vote
-from palm_rlhf_pytorch.text.tokenizer import encode_with
+from palm_rlhf_pytorch.text.tokenizer import encode_with, response_tokenizer
 from palm_rlhf_pytorch.training.ranks import Ranks
 
 BUCKETS = 8  # lengths that differ by less than a factor of 2 ** (1 / 8) count as alike
@@ -87,12 +87,14 @@ def encode_labels(
     counted = [label for label in labels if label.weight > 0]
     if not counted:
         raise ValueError(f"there is nothing to learn from: {len(labels)} labels, none of a weight above 0")
-    ids = _ids_of([text for label in counted for text in label.texts], tokenizer, eos_token)
+    every = [text for label in counted for text in label.texts]
+    prompts = _ids_of((text.prompt for text in every), tokenizer)
+    responses = _ids_of((text.response for text in every), response_tokenizer(tokenizer))
     cut_prompts = cut_responses = 0
     known: dict[Text, TokenText] = {}
     for label in counted:
         for text in label.texts:
-            prompt, response = ids[text.prompt], ids[text.response]
+            prompt, response = prompts[text.prompt], responses[text.response]
             size = len(response) + (eos_token is not None)
             if size == 0:
                 raise ValueError(f"a response of {_place(label)} is empty, and no eos_token ends it: leave it out")
@@ -104,9 +106,9 @@ def encode_labels(
     return EncodedLabels(counted, texts, cut_prompts, cut_responses, len(labels) - len(counted))
 
 
-def _ids_of(texts: Sequence[Text], tokenizer: object, eos_token: int | None) -> dict[str, Tensor]:
-    """Ids of each prompt and each response, once."""
-    parts = list(dict.fromkeys(part for text in texts for part in text if part))
+def _ids_of(texts: Iterable[str], tokenizer: object) -> dict[str, Tensor]:
+    """Ids of each text, once."""
+    parts = list(dict.fromkeys(text for text in texts if text))
     found = dict(zip(parts, (row.int() for row in encode_with(tokenizer, parts)), strict=True))
     return {"": torch.zeros(0, dtype=torch.int32)} | found
 

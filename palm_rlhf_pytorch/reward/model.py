@@ -5,11 +5,9 @@ embeddings and bins are upstream's (lucidrains/PaLM-rlhf-pytorch).
 It is trained on ratings or on pairs, and knows no policy.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,15 +16,15 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.objectives.preference import bins_loss, bradley_terry_loss, scalar_loss
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.reward.files import build_model, same_trunk, trunk_facts, unshare, with_normalization
-from palm_rlhf_pytorch.reward.settings import Settings, differences
+from palm_rlhf_pytorch.reward.files import unshare, with_normalization
+from palm_rlhf_pytorch.reward.saving import RewardModelFiles
+from palm_rlhf_pytorch.reward.settings import Settings
 from palm_rlhf_pytorch.reward.texts import Reading, Texts, check_labels, checked_texts, join, same_prompt_lengths
 from palm_rlhf_pytorch.tensors import RunningMoments, masked_mean
-from palm_rlhf_pytorch.training.tensor_file import load_tensors, save_tensors
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
-class RewardModel(nn.Module):
+class RewardModel(RewardModelFiles, nn.Module):
     """A judge: token ids (b, n) in, scores (b,) out, or the loss of labelled texts.
 
     score = head(mean of the response tokens' features), with prompt and response embeddings added to the tokens'.
@@ -266,71 +264,7 @@ class RewardModel(nn.Module):
         first, second = scores.chunk(2)
         return bradley_terry_loss(first, second, margin=margin).loss
 
-    # copies and files
-
-    def save(self, path: str | Path) -> None:
-        """Write trunk, adapter, embeddings, head and configuration to one file, atomically; see `PaLM.save`."""
-        save_tensors(path, self.state_dict(), kind="RewardModel", config=self.config)
-
-    def load(self, path: str | Path) -> Self:
-        """Become the reward model of a file: its weights, its trunk and its configuration.
-
-        The trunk stays shared with the PaLM given at construction while the file's is the same to the bit. Else the
-        file's replaces it, in the file's dtype and on this model's device, and that PaLM is left as it is. Where the
-        configurations agree, parameters keep their identity, so that an optimizer goes on with them. All is checked
-        before anything changes: after an error the model is as it was.
-
-        Args:
-            path: a file of `save`, or a bare state dict of a model built as this one.
-
-        Returns:
-            The model.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is no checkpoint, or one of another model (keys and shapes are named).
-
-        Warns:
-            UserWarning: if the file's configuration differs from this model's; what differs is named.
-        """
-        found = build_model(RewardModel, load_tensors(path, kind="RewardModel"), path=path, config=self.config)
-        found.to(self.head.weight.device).train(self.training)
-        trunk = differences(trunk_facts(self.palm), trunk_facts(found.palm))
-        differing = trunk + differences(asdict(self.settings), asdict(found.settings))
-        if differing:
-            unused = "; the PaLM given at construction is no longer used" if trunk else ""
-            warnings.warn(
-                f"{path} holds a reward model of another configuration: {', '.join(differing)}. This model takes it "
-                f"over whole, trunk and configuration{unused}",
-                stacklevel=2,
-            )
-        self._become(found)
-        return self
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "RewardModel":
-        """Build the reward model that a file describes, with its weights, on the CPU.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file holds no configuration, or does not fit it.
-        """
-        return build_model(cls, load_tensors(path, kind="RewardModel"), path=path)
-
-    def _become(self, found: "RewardModel") -> None:
-        """Take over another model, sharing the present trunk on where the other's is the same."""
-        shared = self.settings.use_lora == found.settings.use_lora and same_trunk(self.palm, found.palm)
-        self.score_mean, self.score_std = found.score_mean, found.score_std
-        if self.config == found.config:
-            mine = dict(self.named_parameters())
-            for name, parameter in found.named_parameters():
-                if not (shared and name.startswith("palm.")):
-                    mine[name].data = parameter.data  # not copy_: that would write into the PaLM given at construction
-            return
-        self.palm = self.palm if shared else found.palm
-        self.adapter, self.head = found.adapter, found.head
-        self.prompt_embed, self.response_embed = found.prompt_embed, found.response_embed
-        self.settings = found.settings
+    # copies; files are reward/saving.py's
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         unshare(self.palm, state_dict, prefix)

@@ -165,6 +165,22 @@ def open_prompt(prompt: str, *, field: str) -> str:
     raise FieldError(field, f"ends with a turn of {last[1]}; a prompt ends with the Human's turn")
 
 
+def turns_of_text(prompt: str, *, field: str) -> tuple[Turn, ...]:
+    """Turns of a prompt in plain text, the last of them the user's; one without marks is a single turn of the user.
+
+    Raises:
+        FieldError: if it is a dialogue that ends with something the assistant said.
+    """
+    text = open_prompt(prompt, field=field)
+    marks = list(_MARK.finditer(text)) if _BEGINNING.match(prompt) else []
+    if not marks:
+        return (Turn("user", prompt),)
+    ends = [mark.start() for mark in marks[1:]]  # the last mark asks for what is not there yet
+    roles = [ROLES[mark[1].lower()] for mark in marks]
+    said = [text[mark.end() : end].removeprefix(" ") for mark, end in zip(marks, ends, strict=False)]
+    return tuple(Turn(role, content) for role, content in zip(roles, said, strict=False))
+
+
 def opening_of(prompt: str) -> str:
     """A dialogue's prompt up to where the assistant first speaks, which its later prompts share; other text whole."""
     marks = _MARK.finditer(prompt) if _BEGINNING.match(prompt) else ()

@@ -1,10 +1,10 @@
-"""Words become token ids: a byte tokenizer, and any other tokenizer behind one function.
+"""Words become token ids: what a tokenizer is here, a byte tokenizer, and any other one behind one function.
 
-It knows no model: ids in, ids out. Hugging Face tokenizers are accepted, never imported.
+It knows no model: ids in, ids out. Hugging Face tokenizers (`hf_tokenizer.py`) are accepted, never imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,58 @@ from torch import Tensor
 from palm_rlhf_pytorch.tensors import pad_ragged
 
 NUM_BYTES = 256
+
+
+class Decoder(Protocol):
+    """A tokenizer, as far as reading needs one."""
+
+    def decode(self, ids: list[int], /) -> str:
+        """Text of ids."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What the library asks of a tokenizer: `ByteTokenizer` is one, `HFTokenizer` (hf_tokenizer.py) another.
+
+    Ids go from 0 to num_tokens - 1. `bos_token` begins a text, `eos_token` ends it, `pad_token` fills a batch; a
+    tokenizer that has no such token says None. A user's text never becomes one of them.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that it may give; a model's vocabulary has as many, or more."""
+        ...
+
+    @property
+    def bos_token(self) -> int | None:
+        """Id that begins a text."""
+        ...
+
+    @property
+    def eos_token(self) -> int | None:
+        """Id that ends a text."""
+        ...
+
+    @property
+    def pad_token(self) -> int | None:
+        """Id that fills a batch."""
+        ...
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor | list[Tensor]:
+        """Ids of a text (n,), or a list of them for a sequence of texts."""
+        ...
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> Tensor:
+        """Ids of a text (n,), with bos_token first and eos_token last where they are asked for."""
+        ...
+
+    def decode(self, ids: Tensor | Sequence[int], /) -> str:
+        """Text of ids (n,), without special tokens; bytes that are no character become U+FFFD."""
+        ...
+
+    def batch(self, texts: Sequence[str], *, left: bool = False) -> tuple[Tensor, Tensor]:
+        """Ids (b, n) of texts, padded on the right or the left, and the mask (b, n), True on text."""
+        ...
 
 
 class ByteTokenizer:
@@ -47,15 +99,7 @@ class ByteTokenizer:
             TypeError: if text is not a str.
             ValueError: if text holds a lone surrogate, which UTF-8 cannot write.
         """
-        if not isinstance(text, str):
-            raise TypeError(
-                f"text must be a str, not {type(text).__name__}; call the tokenizer itself on several texts"
-            )
-        try:
-            content = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            character = text[error.start]
-            raise ValueError(f"text holds a lone surrogate {character!r} at character {error.start}") from error
+        content = utf8(text)
         ids = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).astype(np.int64))
         return F.pad(F.pad(ids, (int(bos), 0), value=self.bos_token), (0, int(eos)), value=self.eos_token)
 
@@ -66,9 +110,7 @@ class ByteTokenizer:
             TypeError: if ids are not integers.
             ValueError: if ids are not one row, or one of them is outside 0 to 258.
         """
-        tokens = _as_ids(ids)
-        if tokens.ndim != 1:
-            raise ValueError(f"ids must be one row (n,), not of shape {tuple(tokens.shape)}; decode each row by itself")
+        tokens = row_of_ids(ids)
         wrong = tokens[(tokens < 0) | (tokens >= self.num_tokens)]
         if len(wrong) > 0:
             raise ValueError(f"ids hold {int(wrong[0])}, outside 0 to {self.num_tokens - 1}: not ids of ByteTokenizer")
@@ -87,6 +129,22 @@ class ByteTokenizer:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of str; for one text, pass [text]")
         return pad_ragged([self.encode(text) for text in texts], pad_value=self.pad_token, left=left)
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 bytes of a text.
+
+    Raises:
+        TypeError: if text is not a str.
+        ValueError: if it holds a lone surrogate, which UTF-8 cannot write.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, not {type(text).__name__}; call the tokenizer itself on several texts")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = text[error.start]
+        raise ValueError(f"text holds a lone surrogate {character!r} at character {error.start}") from error
 
 
 def encode_with(tokenizer: object, texts: Sequence[str]) -> list[Tensor]:
@@ -128,6 +186,24 @@ def encode_with(tokenizer: object, texts: Sequence[str]) -> list[Tensor]:
         if int(row.min()) < 0:
             raise ValueError(f"tokenizer gave the negative id {int(row.min())} for texts[{index}] ({texts[index]!r})")
     return rows
+
+
+def response_tokenizer(tokenizer: object) -> object:
+    """What makes ids of responses, as `encode_with` takes it: the tokenizer's own `responses`, or itself."""
+    return getattr(tokenizer, "responses", tokenizer)
+
+
+def row_of_ids(ids: Any) -> Tensor:
+    """Long tensor (n,) of one row of ids, which may be empty.
+
+    Raises:
+        TypeError: if ids are not integers.
+        ValueError: if they are not one row.
+    """
+    tokens = _as_ids(ids)
+    if tokens.ndim != 1:
+        raise ValueError(f"ids must be one row (n,), not of shape {tuple(tokens.shape)}; decode each row by itself")
+    return tokens
 
 
 def _takes_one_text(encode: Callable[..., Any], text: str) -> bool:

@@ -116,10 +116,13 @@ class MetricsLog:
     Args:
         path: the file, appended to; its folder is made. None writes no file.
         accelerator: decides the main process, and owns the trackers (`Accelerator(log_with=...)`).
+        tracked: whether they get the lines.
     """
 
-    def __init__(self, path: str | Path | None, *, accelerator: Accelerator | None = None) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(
+        self, path: str | Path | None, *, accelerator: Accelerator | None = None, tracked: bool = True
+    ) -> None:
+        self.path, self.tracked = None if path is None else Path(path), tracked
         self.accelerator = accelerator
         self.defined: dict[str, str] = {}
         if self.path is not None and self._is_main:
@@ -161,7 +164,7 @@ class MetricsLog:
             except OSError as error:
                 reason = f"{error.strerror or error}: {len(text):,} bytes of metrics were not written"
                 raise OSError(error.errno, reason, str(self.path)) from error
-        if self.accelerator is not None and self.accelerator.trackers:
+        if self.tracked and self.accelerator is not None and self.accelerator.trackers:
             self.accelerator.log(values, step=step)
 
     def rewind(self, step: int) -> None:

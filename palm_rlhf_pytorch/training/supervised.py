@@ -20,6 +20,7 @@ from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizer import parameter_groups, scale_learning_rates, warmup_cosine
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory, new_optimizer
 from palm_rlhf_pytorch.training.saves import Keeper, Saves, Skips
+from palm_rlhf_pytorch.training.trackers import Trackers
 from palm_rlhf_pytorch.typecheck import typecheck
 
 
@@ -64,7 +65,8 @@ def fit(
         accumulate: batches an optimizer step.
         max_skipped_steps: a step whose loss or gradient norm is not finite is left out, the weights as they were, bit
             for bit; so many in a row end the call.
-        accelerator: places the model and the batches, averages over processes, chooses precision; None: stay put.
+        accelerator: places the model and the batches, averages over processes, chooses precision; None: stay put. Its
+            trackers run as long as the call, unless they were started before: see `training.trackers`.
         evaluate: called in eval mode without gradients, on every process; gives `eval/...` metrics.
         eval_every: evaluate every so many steps; the last step always does.
         stop: called as stop(step, metrics) after each evaluation, whether to end the call there; in several processes
@@ -98,7 +100,9 @@ def fit(
     latest: dict[str, float] = {}
     plan: dict[str, Any] = {"num_steps": num_steps, "accumulate": accumulate, "lr": lr, "warmup_steps": warmup_steps}
     plan |= {"weight_decay": weight_decay, "max_norm": max_norm}
+    trackers = Trackers(accelerator, folder=None if metrics is None or metrics.path is None else metrics.path.parent)
     with (
+        trackers.running(plan),
         _training(model, parameters) as trained,
         _prepared(model, trained, lr, weight_decay, accelerator, optimizer) as (run, stepper),
         Keeper(saves, model, trained, stepper, accelerator, plan) as keeper,

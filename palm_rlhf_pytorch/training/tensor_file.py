@@ -13,9 +13,9 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 import safetensors
 import safetensors.torch
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.training.atomic import nature, replacing
+from palm_rlhf_pytorch.training.foreign_file import describe, describe_zip
 
 FORMAT_VERSION = 1
 FIELDS = ("format_version", "kind", "config", "extra")
@@ -36,7 +37,7 @@ class TensorFile(NamedTuple):
     `kind` is None, `config` and `extra` are empty, when the file is a bare state dict of another program.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     kind: str | None
     config: dict[str, Any]
     extra: dict[str, Any]
@@ -83,7 +84,9 @@ def save_tensors(
             torch.save(record | {"tensors": stored}, file)
 
 
-def load_tensors(path: str | Path, *, kind: str | None = None) -> TensorFile:
+def load_tensors(
+    path: str | Path, *, kind: str | None = None, mapped: bool = False, checked: bool = True
+) -> TensorFile:
     """Read a checkpoint onto the CPU, whatever device wrote it; a bare state dict of tensors is read too.
 
     The format is told from the content, not from the name. All bytes are checked against the file's own checksums first
@@ -93,6 +96,8 @@ def load_tensors(path: str | Path, *, kind: str | None = None) -> TensorFile:
     Args:
         path: the file.
         kind: the kind it must be; None takes any. A bare state dict has none and passes.
+        mapped: leave tensors in the file, which they are a view of; `training/tensor_reader.py` copies them in pieces.
+        checked: compare the checksums; False for a file that was compared before.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -107,11 +112,11 @@ def load_tensors(path: str | Path, *, kind: str | None = None) -> TensorFile:
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(ZIP_MAGIC):
-        checkpoint = _read_zip(path)
+        checkpoint = _read_zip(path, mapped=mapped, checked=checked)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
-        checkpoint = _read_safetensors(path)
+        checkpoint = _read_safetensors(path, mapped=mapped, checked=checked)
     else:
-        raise ValueError(f"{path} is not a checkpoint: {_describe(head)}")
+        raise ValueError(f"{path} is not a checkpoint: {describe(head)}")
     if kind is not None and checkpoint.kind not in (None, kind):
         raise ValueError(
             f"{path} holds a checkpoint of kind {checkpoint.kind!r}, expected {kind!r}; load it with the class "
@@ -120,7 +125,16 @@ def load_tensors(path: str | Path, *, kind: str | None = None) -> TensorFile:
     return checkpoint
 
 
-def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, path: str | Path) -> None:
+class Shaped(Protocol):
+    """What has a shape: a tensor, or a description of one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its sizes."""
+        ...
+
+
+def check_state(expected: Mapping[str, Shaped], found: Mapping[str, Shaped], *, path: str | Path) -> None:
     """Compare names and shapes, so that a wrong file is refused before any weight is changed.
 
     Args:
@@ -194,15 +208,18 @@ def _write_safetensors(record: dict[str, Any], tensors: dict[str, Tensor], file:
         owned[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
     metadata = {field: json.dumps(record[field]) for field in FIELDS}
-    metadata["sha256"] = _digest(metadata, owned)
+    metadata["sha256"] = _digest(metadata, ((name, owned[name]) for name in sorted(owned)))
+    metadata["format"] = "pt"  # accelerate and transformers refuse a file that does not say so
     file.write(safetensors.torch.save(owned, metadata))
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the fields, and over name, dtype, shape and bytes of each tensor: safetensors has no checksum."""
+def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the fields, and over name, dtype, shape and bytes of each tensor: safetensors has no checksum.
+
+    The tensors come sorted by name.
+    """
     digest = hashlib.sha256(json.dumps([metadata[field] for field in FIELDS]).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in tensors:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -211,11 +228,13 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 # reading
 
 
-def _read_zip(path: Path) -> TensorFile:
-    _check_zip(path)
+def _read_zip(path: Path, *, mapped: bool, checked: bool) -> TensorFile:
+    if checked:
+        _check_zip(path)
+    mapped = mapped and path.suffix != ".safetensors"  # by its path, which a map needs, torch goes by the suffix
     try:
-        with path.open("rb") as file:  # by its path, torch goes by the suffix
-            record = torch.load(file, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            record = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:  # torch's own message advises weights_only=False: not passed on
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = found.group(1) if found else "objects"
@@ -242,7 +261,7 @@ def _check_zip(path: Path) -> None:
             names = [entry.filename for entry in entries]
             pickled = any(name.endswith("/data.pkl") for name in names)
             if not pickled or any(name.endswith("/constants.pkl") for name in names):
-                raise ValueError(f"{path} is not a checkpoint: {_describe_zip(names)}")
+                raise ValueError(f"{path} is not a checkpoint: {describe_zip(names)}")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 _damaged(path, "a record of the zip is compressed")
             broken = archive.testzip()
@@ -252,11 +271,12 @@ def _check_zip(path: Path) -> None:
         _damaged(path, str(error), error)
 
 
-def _read_safetensors(path: Path) -> TensorFile:
+def _read_safetensors(path: Path, *, mapped: bool, checked: bool) -> TensorFile:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            names = list(file.keys())
+            tensors = LazyTensors(path) if mapped else {name: file.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, UnicodeDecodeError, RuntimeError, ValueError, TypeError, LookupError) as error:
         _damaged(path, str(error), error)
     if not metadata.keys() & {*FIELDS, "sha256"}:
@@ -267,9 +287,37 @@ def _read_safetensors(path: Path) -> TensorFile:
     except (KeyError, json.JSONDecodeError) as error:
         _damaged(path, f"metadata {error}", error)
     checkpoint = _checked(path, tensors, record)
-    if _digest(metadata, tensors) != expected:
+    strange = metadata.keys() - {*FIELDS, "sha256", "format"}
+    if strange or metadata.get("format", "pt") != "pt":  # what the checksum does not cover
+        _damaged(path, f"metadata {strange or metadata['format']}")
+    if checked and _digest(metadata, _each_alone(path, sorted(names))) != expected:
         _damaged(path, "its SHA-256 does not match")
     return checkpoint
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A safetensors file's tensors, views of the file, each looked up when asked for: that alone reads some of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safetensors.safe_open(path, framework="pt", device="cpu").__enter__()
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _each_alone(path: Path, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+    """Each tensor from a map of its own: what was read of one map stays in memory as long as that map does."""
+    for name in names:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            yield name, file.get_tensor(name)
 
 
 def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> TensorFile:
@@ -288,6 +336,8 @@ def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> TensorFile:
         and isinstance(record["extra"], dict)
     ):
         _damaged(path, f"it lacks one of the fields {', '.join(FIELDS)}")
+    if isinstance(tensors, LazyTensors):
+        return TensorFile(tensors, record.get("kind"), record.get("config", {}), record.get("extra", {}))
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
@@ -298,30 +348,3 @@ def _checked(path: Path, tensors: Any, record: dict[str, Any]) -> TensorFile:
 
 def _damaged(path: Path, reason: str, error: Exception | None = None) -> NoReturn:
     raise ValueError(f"{path} is truncated or damaged ({reason}); copy it again, or use an earlier one") from error
-
-
-def _describe(head: bytes) -> str:
-    """What a file that is neither format looks like, by its first bytes."""
-    if not head:
-        return "it is empty"
-    if len(head) < 9:
-        return f"it is truncated to {len(head)} bytes"
-    if head.startswith(b"version https://"):
-        return "it is a Git LFS pointer; fetch the real file (git lfs pull)"
-    if head[0] == 0x80 and 2 <= head[1] <= 5:
-        return (
-            "it is a bare pickle, which can run any code when read; save it again with torch.save (torch 1.6 or later)"
-        )
-    signs = {b"\x93NUMPY": "a numpy array", b"\x89HDF": "an HDF5 file", b"GGUF": "a GGUF file", b"\x1f\x8b": "a gzip"}
-    for sign, name in signs.items():
-        if head.startswith(sign):
-            return f"it is {name}"
-    return f"it starts with {head!r}, neither a torch.save zip nor safetensors"
-
-
-def _describe_zip(names: list[str]) -> str:
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "it is a TorchScript program; save a state dict instead"
-    if names and all(name.endswith(".npy") for name in names):
-        return "it is a numpy .npz archive"
-    return f"it is a zip of other files ({_first(names)})"

@@ -1,7 +1,7 @@
 """More of decoding: an adapter's price, prompts of many lengths that end early, what the k-th token costs."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from unittest.mock import patch
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.generation import generate_responses
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from tests.benchmarks.counts import README
 from tests.benchmarks.harness import Bench, Case
 from tests.benchmarks.machine import seconds, wait
@@ -29,6 +30,7 @@ def cases(bench: Bench) -> Iterator[Case]:
             name = f"decode scope {kind} batch {batch}"
             yield Case(name, partial(scope_price, bench, name, dtype=dtype, batch=batch))
         yield Case(f"decode ragged {kind}", partial(ragged, bench, f"decode ragged {kind}", dtype=dtype))
+    yield Case("decode text", partial(streamed, bench, "decode text"))
     for dtype in (single,) if bench.quick else (single, half):
         name = f"decode growth {str(dtype).removeprefix('torch.')}"
         yield Case(name, partial(growth, bench, name, dtype=dtype))
@@ -59,6 +61,39 @@ def scope_price(bench: Bench, name: str, *, dtype: torch.dtype, batch: int) -> l
         rows.append(
             Row(case=name, measure=f"price, {measure}", who="ours with actor", unit="%", spread=spread_of(prices))
         )
+    return rows
+
+
+class Letters(ByteTokenizer):
+    """A character for each id of the README's model, and no end."""
+
+    num_tokens, eos_token = README.num_tokens, None  # type: ignore[assignment]
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """Letters of ids (n,)."""
+        return "".join(chr(0x4E00 + int(each)) for each in ids)
+
+
+def streamed(bench: Bench, name: str) -> list[Row]:
+    """Text that comes piece by piece and looks for a stop string, beside ids from `generate`; its price in percent."""
+    palm = our_model(README, dtype=torch.float32, device=bench.device)
+    prompt, short, long = (64, 14, 26) if bench.quick else (PROMPT, 16, 80)
+    ids = torch.randint(0, README.num_tokens, (prompt,), device=bench.device)
+    text = {"tokenizer": Letters(), "stop": "a stop string that never comes"}
+
+    def times(run: Callable[[int], object]) -> dict[str, float]:
+        brief, whole = (seconds(partial(run, new), bench.device) for new in (short, long))
+        return {"token": (whole - brief) / (long - short), "call": whole}
+
+    runs: dict[str, Callable[[int], object]] = {
+        "ours": lambda new: palm.generate(prompt + new, ids),
+        "ours streaming": lambda new: list(palm.stream(ids, max_new_tokens=new, **text)),
+    }
+    samples = bench.interleave({who: partial(times, run) for who, run in runs.items()})
+    rows = timed_rows(name, "a token", samples["token"]) + timed_rows(name, "whole call", samples["call"])
+    pairs = zip(samples["call"]["ours"], samples["call"]["ours streaming"], strict=True)
+    prices = [100 * (dear / cheap - 1) for cheap, dear in pairs]
+    rows.append(Row(case=name, measure="price, call", who="ours streaming", unit="%", spread=spread_of(prices)))
     return rows
 
 

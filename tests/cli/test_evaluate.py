@@ -116,7 +116,7 @@ def test_evaluate_repeats_with_its_seed(models, capsys):
         (["--temperature", "0", "--samples", "2"], "temperature 0"),
         (["--show", "-1"], "--show -1"),
         (["--out", "prompts.txt"], "is not a folder"),
-        (["--text", "empty.txt"], "less than two bytes"),
+        (["--text", "empty.txt"], "less than two tokens"),
         (["--judge", "judge.pt"], "given twice"),
         (["--judge", "missing.pt"], "missing.pt"),
     ],

@@ -1,9 +1,11 @@
 """`palm-rlhf generate` on a tiny checkpoint."""
 
+import io
+
 import pytest
 import torch
 
-from palm_rlhf_pytorch.cli.generate import printable, sample_texts
+from palm_rlhf_pytorch.cli.generate import encodable, printable, sample_texts
 from palm_rlhf_pytorch.cli.main import main
 from palm_rlhf_pytorch.palm.transformer import PaLM
 
@@ -46,10 +48,46 @@ def test_greedy_samples_are_the_most_likely_bytes(palm):
     assert first == second == "ab" + bytes([token] if token < 256 else []).decode("utf-8", errors="replace")
 
 
+def greedy(*ids, palm, steps):
+    """Most likely continuation, by whole passes over the text so far."""
+    text = list(ids)
+    for _ in range(steps):
+        text.append(int(palm(torch.tensor([text]))[0, -1, :256].argmax()))
+    return bytes(text[len(ids) :]).decode("utf-8", errors="replace")
+
+
+def test_prompts_come_from_a_file_or_a_pipe_and_stream(checkpoint, palm, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("ab\n\nHé\n")
+    options = ["--temperature", "0", "--max-new-tokens", "3", "--device", "cpu"]
+    expected = [printable(prompt + greedy(*prompt.encode(), palm=palm, steps=3)) for prompt in ("ab", "Hé")]
+    several = f"--- prompt 1 of 2\n{expected[0]}\n--- prompt 2 of 2\n{expected[1]}\n"
+    for extra in ([], ["--stream"]):
+        assert main(["generate", checkpoint, "--prompts", str(tmp_path / "prompts.txt"), *options, *extra]) == 0
+        assert capsys.readouterr().out == several
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hé\n"))
+        assert main(["generate", checkpoint, "-", *options, *extra]) == 0
+        assert capsys.readouterr().out == expected[1] + "\n"
+
+
+def test_a_text_ends_before_a_stop_string(checkpoint, capsys):
+    printed = []
+    for stop in ([], ["--stop", r"\n", "--stop", "e", "--stop", "o"]):
+        main(["generate", checkpoint, "x", "--max-new-tokens", "200", "--seed", "4", "--device", "cpu", *stop])
+        printed.append(capsys.readouterr().out[1:-1])
+    ends = [place for place, letter in enumerate(printed[0]) if letter in "\neo"]
+    assert ends and printed[1] == printed[0][: ends[0]]
+
+
+def test_what_the_terminal_cannot_write_is_replaced():
+    assert encodable("né🙂", io.TextIOWrapper(io.BytesIO(), encoding="latin-1")) == "né?"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["", "--device", "cpu"], "prompt is empty"),
+        ([], "give either a PROMPT"),
+        (["a", "--prompts", "file"], "give either a PROMPT"),
+        (["a", "--stop", ""], "stop[0] is empty"),
         (["a", "--num-samples", "0"], "--num-samples 0"),
         (["a", "--max-new-tokens", "0"], r"max_new_tokens (0)"),
         (["a", "--temperature", "-1"], "temperature"),

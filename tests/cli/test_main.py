@@ -23,7 +23,7 @@ def raising(error):
     return run
 
 
-@pytest.mark.parametrize("command", ["demo", "pretrain", "generate"])
+@pytest.mark.parametrize("command", ["demo", "pretrain", "generate", "chat"])
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         entry.main([command, "--help"])
@@ -52,6 +52,12 @@ def test_interrupt_exits_with_130(monkeypatch, capsys):
     monkeypatch.setattr(entry, "COMMANDS", (fake_command(raising(KeyboardInterrupt())),))
     assert entry.main(["fake"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_on_is_no_mistake(monkeypatch, capsys):
+    monkeypatch.setattr(entry, "COMMANDS", (fake_command(raising(BrokenPipeError())),))
+    assert entry.main(["fake"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch):

@@ -69,8 +69,8 @@ def test_reward_learns_reports_and_saves(folder, capsys, monkeypatch, plotting):
     assert main(command(folder, "--whole-trunk", "--epochs", "6", "--on-bad-record", "skip")) == 0
     printed = capsys.readouterr().out
     assert "101 rows" in printed and "line 101: rejected is missing" in printed
-    expected = ["rm.metrics.jsonl", "rm.pt", "rm.report.json", "rm.report.md"]
-    assert files(folder / "out") == expected[:2] + ["rm.reliability.png"] * plotting + expected[2:]
+    expected = ["rm.config.yaml", "rm.metrics.jsonl", "rm.pt", "rm.report.json", "rm.report.md", "rm.tokenizer.json"]
+    assert files(folder / "out") == expected[:3] + ["rm.reliability.png"] * plotting + expected[3:]
     assert ("pip install palm-rlhf-pytorch[plot]" in printed) != plotting
     report = json.loads((folder / "out" / "rm.report.json").read_text())
     held_out = report["pairs"]["accuracy"]["count"] + report["ratings"]["count"] + report["votes"]["accuracy"]["count"]

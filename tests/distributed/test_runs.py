@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from palm_rlhf_pytorch.policy.inspection import find_rollouts, read_rollouts
 from palm_rlhf_pytorch.policy.rollout_file import RolloutFile
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
 from tests.distributed.ranks import in_ranks
@@ -27,6 +28,15 @@ def test_a_run_is_reproducible_and_its_processes_agree(undisturbed):
     assert len({run["weights"] for run in runs}) == 1
     assert all(run["history"] == runs[0]["history"] and len(run["history"]) == 3 for run in runs)
     assert len({line["policy/loss"] for line in runs[0]["history"]}) == 3
+
+
+def test_rollouts_are_kept_of_both_processes(undisturbed):
+    _, folder = undisturbed
+    update = read_rollouts(find_rollouts(f"{folder}-0"))
+    files = [RolloutFile(f"{folder}-0/experience/update-00000002.rank-{rank}.rollouts") for rank in range(2)]
+    scores = sorted(score for file in files for score in file.scores.tolist())
+    kept = [[row.score for row in update.rows if row.best == best] for best in (True, False)]
+    assert update.step == 3 and kept == [scores[: -len(kept[0]) - 1 : -1], scores[: len(kept[1])]]
 
 
 def test_processes_answer_the_same_prompt_differently(undisturbed):

@@ -92,7 +92,7 @@ def test_metrics_reach_file_and_tracker_line_by_line(make_trainer, judge, tmp_pa
     assert [line.pop("step") for line in lines] == [1, 2, 3]
     assert lines == history
     assert notebook.lines == list(enumerate(history, start=1))
-    assert notebook.config["kl_coef"] == "0.125" and notebook.config["seed"] == 0
+    assert notebook.config["kl_coef"] == 0.125 and notebook.config["seed"] == 0
     assert all(line.keys() <= GLOSSARY.keys() for line in history)
     assert {name for name in GLOSSARY if not name.startswith(OF_OTHERS)} == history[0].keys()
 
