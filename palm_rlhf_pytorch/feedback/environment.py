@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 PREFIX = "PALM_FEEDBACK_"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -83,11 +83,13 @@ def database(directory: Path, environ: Mapping[str, str] = os.environ) -> dict[s
     Raises:
         ValueError: if the URL is none of sqlite:///FILE and postgresql://...
     """
-    return database_of(value("DATABASE", environ) or f"sqlite:///{directory / SQLITE_FILE}")
+    return database_of(value("DATABASE", environ) or f"sqlite:///{quote(str(directory / SQLITE_FILE))}")
 
 
 def database_of(url: str) -> dict[str, Any]:
     """Django's entry for a URL; user, password and name may be percent-encoded, a query holds the driver's options.
+
+    A file is relative to the working directory (sqlite:///x.db), or absolute (sqlite:////var/x.db).
 
     SQLite takes its write lock when a transaction begins (IMMEDIATE) and lets reading go on meanwhile (WAL): with
     Django's default a transaction that reads first and then writes fails when another has written in between.
@@ -99,7 +101,7 @@ def database_of(url: str) -> dict[str, Any]:
     if parts.scheme == "sqlite" and not parts.netloc and parts.path.strip("/"):
         return {
             "ENGINE": "django.db.backends.sqlite3",
-            "NAME": unquote(parts.path[1:] if parts.path.startswith("//") else parts.path),
+            "NAME": unquote(parts.path[1:]),
             "OPTIONS": {
                 "transaction_mode": "IMMEDIATE",
                 "timeout": 30,
