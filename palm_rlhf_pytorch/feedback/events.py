@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from django.utils import timezone
 
-from palm_rlhf_pytorch.feedback.models import Event
+from palm_rlhf_pytorch.feedback.models import Assignment, Event
 
 
 class Limit(NamedTuple):
@@ -53,3 +53,9 @@ def check(verb: str, limit: Limit, *, user: Any = None, subject: str = "") -> No
     if times:
         seconds = max(1, int((times[0] - since).total_seconds()) + 1)
         raise ThrottledError(f"too many in a short time; try again in {seconds} s", seconds)
+
+
+def last_undone(assignment: Assignment) -> dict[str, Any] | None:
+    """What a person had said of an item before they took it back; None where that was not the last they took back."""
+    event = Event.objects.filter(user=assignment.user_id, verb="undo").order_by("-at", "-pk").first()
+    return event.payload if event is not None and event.payload["assignment"] == assignment.pk else None

@@ -79,6 +79,7 @@ SESSION_COOKIE_NAME = "palm_feedback_session"  # cookies know no ports: beside a
 CSRF_COOKIE_NAME = "palm_feedback_csrf"
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 CSRF_COOKIE_HTTPONLY = True  # the token stands in every form
+CSRF_FAILURE_VIEW = "palm_rlhf_pytorch.feedback.errors.csrf_failure"
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_SSL_REDIRECT = BEHIND_TLS
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if BEHIND_TLS else None
 SECURE_HSTS_SECONDS = 31_536_000 if BEHIND_TLS else 0

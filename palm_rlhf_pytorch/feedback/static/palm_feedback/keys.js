@@ -1,0 +1,17 @@
+// A key clicks what carries it in data-key: of several, the first whose question is still unanswered.
+addEventListener("keydown", (event) => {
+  const at = event.target instanceof Element ? event.target : document.body;
+  if (event.key === "Escape") at.blur();
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || at.matches("textarea, select, input:not([type=radio])")) return;
+  if (event.key === "Enter" && at.matches("a, button, summary")) return;
+  const all = [...document.querySelectorAll(`[data-key="${CSS.escape(event.key)}"]`)];
+  const found = all.find((one) => !one.closest("fieldset:has(:checked)")) ?? all.at(-1);
+  if (!found) return;
+  event.preventDefault();
+  found.click();
+  found.closest("details[open]")?.querySelector("textarea, input:not([type=hidden])")?.focus();
+});
+// What is sent to a server that is away is not lost in silence.
+const offline = (hidden) => () => (document.getElementById("offline").hidden = hidden);
+for (const name of ["htmx:sendError", "htmx:timeout"]) addEventListener(name, offline(false));
+addEventListener("htmx:afterSwap", offline(true));
