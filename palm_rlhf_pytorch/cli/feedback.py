@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf_pytorch.cli.feedback_data import add_data_actions
+from palm_rlhf_pytorch.cli.feedback_loop import add_loop_actions
 
 EXTRA = 'needs: pip install "palm-rlhf-pytorch[feedback]"'
 Run = Callable[[argparse.Namespace], int]
@@ -30,6 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_serve(commands)
     add_adduser(commands)
     add_data_actions(partial(add_action, commands))
+    add_loop_actions(partial(add_action, commands))
 
 
 def add_action(

@@ -55,4 +55,3 @@ def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     return error_page(
         403, "Its form is from before you logged in, or from elsewhere. Nothing was stored: open the page again."
     )
-

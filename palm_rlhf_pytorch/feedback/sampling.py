@@ -176,9 +176,7 @@ class _Group(NamedTuple):
     names: tuple[str, ...]
 
 
-def _check(
-    authors: Sequence[Author], kind: int, *, samples: int, per_prompt: int | None, count: int | None
-) -> None:
+def _check(authors: Sequence[Author], kind: int, *, samples: int, per_prompt: int | None, count: int | None) -> None:
     if not 1 <= len({author.name for author in authors}) == len(authors) <= 2:
         names = ", ".join(author.name for author in authors)
         raise ValueError(f"authors ({names}) must be one model, or two of different names")
@@ -206,9 +204,9 @@ def _written(
                 for row, text in zip(batch, texts, strict=True):
                     found[row].append((text, author.name))
                 bar.update(len(batch))
-    for texts in found:
+    for responses in found:
         different: dict[str, tuple[str, str]] = {}
-        for text, name in texts:
+        for text, name in responses:  # of two alike, the first
             different.setdefault(text.strip(), (text, name))
         yield [written for shown, written in different.items() if shown]
 

@@ -102,9 +102,9 @@ class Statistics:
     stars: Counter[int]
 
 
-def progress(project: Project) -> Progress:
-    """How far the project is, by five counts in the database."""
-    items = project.items.filter(gold__isnull=True)
+def progress(project: Project, *, round: int | None = None) -> Progress:
+    """How far the project is, or one round of sampling in it, by five counts in the database."""
+    items = project.items.filter(gold__isnull=True, **({} if round is None else {"round": round}))
     counted = items.aggregate(number=Sum(Least(F("done"), project.required)))["number"]
     number = items.count()
     return Progress(
