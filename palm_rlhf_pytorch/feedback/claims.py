@@ -10,20 +10,21 @@ A lease that ran out keeps nobody out. Whoever held it may still submit while th
 import hashlib
 import random
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 from django.contrib.auth import get_user_model
 from django.db import transaction
-from django.db.models import Count, Exists, F, OuterRef, QuerySet, Subquery
-from django.db.models.functions import Coalesce
+from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
 from palm_rlhf_pytorch.feedback.codes import State
 from palm_rlhf_pytorch.feedback.models import Assignment, Item, Project
 
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds before each try
-CANDIDATES = 64
+FIRST_PAGE, LAST_PAGE = 64, 4096  # items of the queue that are looked at together
 _CLOSED = (State.DONE, State.SKIPPED)
 
 
@@ -96,9 +97,8 @@ def _try_to_claim(project: Project, user: Any, live: bool) -> tuple[Assignment |
         held.expires = ends
         held.save(update_fields=["expires"])
         return held, False
-    items = _unseen(project, user, live)
     listed = 0
-    for item_id in _candidates(items, project, user, now):
+    for item_id in _candidates(project, user, now, live):
         listed += 1
         locked = Item.objects.select_for_update(skip_locked=True, no_key=True).filter(pk=item_id).first()
         if locked is None or not has_room(locked, project.required, besides=user, now=now):
@@ -112,20 +112,23 @@ def _try_to_claim(project: Project, user: Any, live: bool) -> tuple[Assignment |
     return None, listed > 0
 
 
-def _unseen(project: Project, user: Any, live: bool) -> "QuerySet[Item]":
+def _candidates(project: Project, user: Any, now: datetime, live: bool) -> Iterator[int]:
+    """Ids of items with room that are new to the person, the first first; before them a known answer in its turn."""
     closed = Assignment.objects.filter(item=OuterRef("pk"), user=user, state__in=_CLOSED)
-    items = Item.objects.filter(~Exists(closed), project=project)
-    return (items if live else items.filter(ready=True)).order_by("-priority", "id")
-
-
-def _candidates(items: "QuerySet[Item]", project: Project, user: Any, now: datetime) -> list[int]:
-    """Ids of items with room, the first first; before them one with a known answer when it is its turn."""
-    gold: list[int] = []
+    items = Item.objects.filter(~Exists(closed), project=project).order_by("-priority", "id")
+    items = items if live else items.filter(ready=True)
     number = Assignment.objects.filter(user=user, item__project=project, state__in=_CLOSED).count()
     if gold_is_due(user, number, project.gold_every):
-        gold = list(items.filter(gold__isnull=False).values_list("pk", flat=True)[:1])
-    leases = Assignment.objects.filter(item=OuterRef("pk"), state=State.LEASED, expires__gt=now).exclude(user=user)
-    counted = leases.order_by().values("item").annotate(number=Count("pk")).values("number")
-    # a subquery, which the database runs for the first items alone; a join would group the whole queue
-    rest = items.filter(gold__isnull=True).annotate(leases=Coalesce(Subquery(counted), 0))
-    return gold + list(rest.filter(done__lt=project.required - F("leases")).values_list("pk", flat=True)[:CANDIDATES])
+        yield from items.filter(gold__isnull=False).values_list("pk", flat=True)[:1]
+    wanted = items.filter(gold__isnull=True, done__lt=project.required).values_list("pk", "done")
+    start, size = 0, FIRST_PAGE
+    while page := dict(wanted[start : start + size]):  # counting the leases of the whole queue would be slow
+        yield from _with_room(page, project.required, user, now)
+        start, size = start + size, min(4 * size, LAST_PAGE)
+
+
+def _with_room(page: Mapping[int, int], required: int, user: Any, now: datetime) -> Iterator[int]:
+    """Of items and how often they are judged, those that wait for more judgements than others are giving."""
+    leases = Assignment.objects.filter(item__in=list(page), state=State.LEASED, expires__gt=now).exclude(user=user)
+    leased = Counter(leases.values_list("item", flat=True))
+    yield from (item for item, done in page.items() if done + leased[item] < required)

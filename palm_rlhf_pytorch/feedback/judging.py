@@ -1,7 +1,8 @@
 """The pages on which people judge: an item, its answer, skip, undo. Requests in, templates out.
 
 What is sent by htmx is answered by the next page, of which the browser takes `main`; a plain form is answered by a
-redirect to it, so that a reload sends nothing twice. What is wrong with an answer is said beside it, nothing typed lost.
+redirect to it, so that a reload sends nothing twice. What is wrong with an answer is said beside it, and nothing typed
+is lost.
 """
 
 from collections.abc import Callable
@@ -186,7 +187,7 @@ def _response(draft: Draft, place: int, rules: list[str], text: str) -> dict[str
     """A response as the template shows it."""
     asked = [(number, rule, draft.rules.get((place, number), "")) for number, rule in enumerate(rules)]
     name = letter(place)
-    return {"place": place, "letter": name, "text": text, "rating": draft.ratings.get(place), "rules": asked}
+    return {"place": place, "letter": name, "text": text.strip(), "rating": draft.ratings.get(place), "rules": asked}
 
 
 def _sentence(error: Exception) -> str:

@@ -61,7 +61,17 @@ class Item(models.Model):
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["project", "key"], name="item_once_in_project")]
-        indexes = [models.Index(fields=["project", "-priority", "id"], name="item_queue")]
+        indexes = [
+            # the queue, and progress, which every page shows, are read from this alone
+            models.Index(
+                fields=["project", "-priority", "id", "ready", "done"],
+                condition=models.Q(gold__isnull=True),
+                name="item_queue",
+            ),
+            models.Index(
+                fields=["project", "-priority", "id"], condition=models.Q(gold__isnull=False), name="item_gold"
+            ),
+        ]
 
     def __str__(self) -> str:
         return f"item {self.pk}"

@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import permutations
 from statistics import median
 from typing import Any
 
-from django.db.models import F, Sum
-from django.db.models.functions import Least
+from django.db.models import Count, F, Q, Sum
+from django.db.models.functions import Coalesce, Least
 
 from palm_rlhf_pytorch.feedback.agreement import WithRest, agreement, with_rest
 from palm_rlhf_pytorch.feedback.codes import Kind, State
@@ -82,12 +83,16 @@ class Statistics:
         annotators: who judged or skipped something, by name.
         days: judgements of each person on each day (UTC), in order.
         agreement: alpha; None where nobody shares an item.
-        longer: of decided pairs whose lengths differ, how often the longer response was the better one.
+        longer: of decided pairs whose lengths differ, how often the longer response was the better one; two responses
+            that one person rated differently are such a pair, here and in `left`, `scores` and `margins`.
+        lengths: characters of the better one over those of the worse one, of each of these.
         sides: of a pair, how often each step was chosen as shown, from -3 to 3, and None for both bad.
         left: of decided pairs, how often the one shown first was the better one.
         scores: of decided pairs with different scores, how often the higher-scored response was the better one.
         margins: (score of the better one minus that of the worse one) of each of these.
         stars: how often each rating was given.
+        best: of rankings, how often the best one stood in each place as shown, from 0.
+        rules: how often each word was said of each rule.
     """
 
     progress: Progress
@@ -95,25 +100,26 @@ class Statistics:
     days: dict[date, Counter[str]]
     agreement: Agreement | None
     longer: Share
+    lengths: tuple[float, ...]
     sides: Counter[int | None]
     left: Share
     scores: Share
     margins: tuple[float, ...]
     stars: Counter[int]
+    best: Counter[int]
+    rules: dict[str, Counter[str]]
 
 
 def progress(project: Project, *, round: int | None = None) -> Progress:
-    """How far the project is, or one round of sampling in it, by five counts in the database."""
-    items = project.items.filter(gold__isnull=True, **({} if round is None else {"round": round}))
-    counted = items.aggregate(number=Sum(Least(F("done"), project.required)))["number"]
-    number = items.count()
-    return Progress(
-        items=number,
-        finished=items.filter(done__gte=project.required).count(),
-        judgements=counted or 0,
-        wanted=number * project.required,
-        waiting=items.filter(ready=False).count(),
+    """How far the project is, or one round of sampling in it, counted in the database."""
+    of_round = {} if round is None else {"round": round}
+    counted = project.items.filter(gold__isnull=True, **of_round).aggregate(
+        items=Count("done"),
+        finished=Count("done", filter=Q(done__gte=project.required)),
+        judgements=Coalesce(Sum(Least(F("done"), project.required)), 0),
+        waiting=Count("done", filter=Q(ready=False)),
     )
+    return Progress(**counted, wanted=counted["items"] * project.required)
 
 
 def own_progress(project: Project, user: Any) -> tuple[int, int]:
@@ -129,18 +135,24 @@ def statistics(project: Project) -> Statistics:
     days: dict[date, Counter[str]] = defaultdict(Counter)
     for one in everything:
         days[one.at.date()][one.annotator] += 1
-    margins = tuple(_margins(counted))
+    margins, lengths = tuple(_margins(counted)), tuple(_lengths(counted))
+    rules: dict[str, Counter[str]] = {rule: Counter() for rule in project.rules}
+    for rule, word in (pair for one in counted for words in one.rules for pair in words.items()):
+        rules.setdefault(rule, Counter())[word] += 1
     return Statistics(
         progress=progress(project),
         annotators=_annotators(project, everything, counted),
         days=dict(sorted(days.items())),
         agreement=agreement(counted),
-        longer=_longer(counted),
+        longer=Share(first=sum(ratio > 1 for ratio in lengths), of=len(lengths)),
+        lengths=lengths,
         sides=Counter(shown_choice(one) for one in counted if one.kind == Kind.PAIR),
         left=_left(counted),
         scores=Share(first=sum(margin > 0 for margin in margins), of=len(margins)),
         margins=margins,
         stars=Counter(stars for one in counted for stars in one.ratings),
+        best=Counter(one.order.index(one.ranking[0]) for one in counted if one.ranking),
+        rules=rules,
     )
 
 
@@ -167,13 +179,21 @@ def _annotators(project: Project, everything: Sequence[Judged], counted: Sequenc
 
 def _decided(judged: Iterable[Judged]) -> Iterable[tuple[Judged, int, int]]:
     """Judgements with places of a better and a worse completion, ties left out."""
-    return ((one, better, worse) for one in judged for better, worse, steps in one.pairs() if steps != 0)
+    for one in judged:
+        for better, worse, steps in one.pairs():
+            if steps != 0:
+                yield one, better, worse
+        for better, worse in permutations(range(len(one.ratings)), 2):
+            if one.ratings[better] > one.ratings[worse]:
+                yield one, better, worse
 
 
-def _longer(judged: Iterable[Judged]) -> Share:
-    lengths = [(len(one.texts[better]), len(one.texts[worse])) for one, better, worse in _decided(judged)]
-    unequal = [better > worse for better, worse in lengths if better != worse]
-    return Share(first=sum(unequal), of=len(unequal))
+def _lengths(judged: Iterable[Judged]) -> Iterable[float]:
+    """Characters of the better over those of the worse, where they differ; an empty text counts as one character."""
+    for one, better, worse in _decided(judged):
+        ratio = max(len(one.texts[better]), 1) / max(len(one.texts[worse]), 1)
+        if ratio != 1:
+            yield ratio
 
 
 def _left(judged: Iterable[Judged]) -> Share:

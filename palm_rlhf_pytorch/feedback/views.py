@@ -11,6 +11,7 @@ from palm_rlhf_pytorch.feedback import accounts
 from palm_rlhf_pytorch.feedback.codes import Kind
 from palm_rlhf_pytorch.feedback.events import ThrottledError
 from palm_rlhf_pytorch.feedback.models import Project
+from palm_rlhf_pytorch.feedback.pictures import pictures
 from palm_rlhf_pytorch.feedback.statistics import own_progress, progress
 
 ASKED = {Kind.PAIR: "which of two is better", Kind.RATING: "1 to 5 for each", Kind.RANKING: "an order, best first"}
@@ -75,7 +76,5 @@ def instructions(request: HttpRequest, slug: str) -> HttpResponse:
 @require_safe
 def statistics(request: HttpRequest, slug: str) -> HttpResponse:
     """What has been judged, drawn."""
-    from palm_rlhf_pytorch.feedback.pictures import pictures
-
     project = get_object_or_404(Project, slug=slug)
     return render(request, "palm_feedback/statistics.html", {"project": project, **pictures(project)})

@@ -15,3 +15,9 @@ def words(text: str) -> list[str]:
 def thousands(number: int) -> str:
     """A whole number with its thousands apart."""
     return f"{number:,}"
+
+
+@register.filter
+def percent(share: float) -> str:
+    """A share as whole percents."""
+    return f"{share:.0%}"
