@@ -1,7 +1,7 @@
 """A person who judges pairs in the feedback app, played by a script: it logs in, reads the pages, presses the buttons.
 
-Its taste is simple: it likes words that it knows, those of a text, and says by how much. Now and then it errs, as people
-do. `8_feedback.md` shows it at work; in earnest people take its place, and nothing else changes.
+Its taste is simple: it likes words that it knows, those of a text, and says by how much. Now and then it errs, as
+people do. `8_feedback.md` shows it at work; in earnest people take its place, and nothing else changes.
 
     python feedback_judge.py http://127.0.0.1:8000 anna --password-file anna.password --words text.txt
 """
@@ -23,12 +23,14 @@ class Page(HTMLParser):
     """What the script looks at in a page: hidden fields of its forms, each the first of its name; the responses."""
 
     def __init__(self, html: str) -> None:
+        """Read a page."""
         super().__init__()
         self.fields, self.responses = dict[str, str](), list[str]()
         self.inside = list[str]()
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note hidden fields, and where responses are."""
         given = {name: value or "" for name, value in attrs}
         if tag == "input" and given.get("type") == "hidden":
             self.fields.setdefault(given["name"], given["value"])
@@ -38,10 +40,12 @@ class Page(HTMLParser):
                 self.responses.append("")
 
     def handle_endtag(self, tag: str) -> None:
+        """Note where they end."""
         if tag in ("article", "div"):
             self.inside.pop()
 
     def handle_data(self, data: str) -> None:
+        """Take what is said in a response."""
         if self.inside[-1:] == ["text"] and self.inside[:-1] and "response" in self.inside[-2]:
             self.responses[-1] += data
 
@@ -50,6 +54,7 @@ class Browser:
     """Pages by address, with cookies, as a browser without JavaScript asks for them."""
 
     def __init__(self, base: str) -> None:
+        """Start at an address, without cookies."""
         self.base = base.rstrip("/")
         self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
 
@@ -90,6 +95,7 @@ class Taste:
     """Likes known words."""
 
     def __init__(self, words: frozenset[str], *, errs: float, seed: int) -> None:
+        """Know these words, in small letters; `errs` is the share of choices that are turned round."""
         self.words, self.errs, self.chance = words, errs, random.Random(seed)
 
     def choice(self, first: str, second: str) -> int:
