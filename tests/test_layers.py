@@ -75,7 +75,7 @@ TREE = [
         "feedback",
         "codes environment begin apps settings security formats records sampling models migrations.0001_initial events "
         "claims judgements accounts imports exports agreement gold statistics rounds checks drafts "
-        "templatetags.palm_feedback charts pictures errors judging views urls site wsgi server",
+        "templatetags.palm_feedback charts pictures errors live judging views urls site wsgi server",
     ),
     (
         5,

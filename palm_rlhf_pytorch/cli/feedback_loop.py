@@ -34,6 +34,7 @@ from palm_rlhf_pytorch.text.chats import ChatTokenizer
 from palm_rlhf_pytorch.text.datasets import read_prompts
 
 if TYPE_CHECKING:
+    from palm_rlhf_pytorch.feedback.live import Writer
     from palm_rlhf_pytorch.feedback.rounds import Outcome, Round
     from palm_rlhf_pytorch.feedback.sampling import Author, Reader
 
@@ -80,6 +81,34 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_argument(parser)
     add_chat_argument(parser)
     add_device_argument(parser)
+
+
+def add_live_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model of `serve` that writes while people wait, and how."""
+    parser.add_argument(
+        "--live", metavar="CHECKPOINT", default=argparse.SUPPRESS,
+        help="model that answers prompts imported without responses, each when somebody is given it; what follows is"
+        " about this model",
+    )  # fmt: skip
+    add_writing_arguments(parser)
+
+
+def start_writer(args: argparse.Namespace) -> "Writer | None":
+    """The thread that writes for `serve --live`, which the pages ask from now on; None without the option.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such model, or an option is out of range.
+    """
+    if not hasattr(args, "live"):
+        return None
+    from palm_rlhf_pytorch.feedback.live import Writer, responder, set_writer
+
+    authors = load_authors(args, [args.live])
+    respond = responder(authors, samples=getattr(args, "samples", 2), reader=load_reader(args, authors[0]))
+    authors[0].write(["?"], generator=torch.Generator(authors[0].palm.device))  # what is wrong with it is said now
+    writer = Writer(respond)
+    set_writer(writer)
+    return writer
 
 
 def run_sample(args: argparse.Namespace) -> int:

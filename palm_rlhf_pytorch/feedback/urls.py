@@ -11,6 +11,7 @@ urlpatterns = [
     path("login/", views.Login.as_view(), name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
     path("projects/<slug:slug>/", judging.judge, name="judge"),
+    path("projects/<slug:slug>/written/", judging.written, name="written"),
     path("projects/<slug:slug>/order/", judging.order, name="order"),
     path("projects/<slug:slug>/skip/", judging.skip, name="skip"),
     path("projects/<slug:slug>/undo/", judging.undo, name="undo"),
