@@ -1,9 +1,9 @@
 """A person who judges pairs in the feedback app, played by a script: it logs in, reads the pages, presses the buttons.
 
-Its taste is simple: it likes words that it knows, those of a text, and says by how much. Now and then it errs, as
-people do. `8_feedback.md` shows it at work; in earnest people take its place, and nothing else changes.
+Its taste is simple: it likes plain language, short words, and says by how much. Now and then it errs, as people do.
+`8_feedback.md` shows it at work; in earnest people take its place, and nothing else changes.
 
-    python feedback_judge.py http://127.0.0.1:8000 anna --password-file anna.password --words text.txt
+    python feedback_judge.py http://127.0.0.1:8000 anna --password-file anna.password
 """
 
 import argparse
@@ -92,24 +92,24 @@ def judge_all(browser: Browser, project: str, taste: "Taste") -> Iterator[int]:
 
 
 class Taste:
-    """Likes known words."""
+    """Likes short words."""
 
-    def __init__(self, words: frozenset[str], *, errs: float, seed: int) -> None:
-        """Know these words, in small letters; `errs` is the share of choices that are turned round."""
-        self.words, self.errs, self.chance = words, errs, random.Random(seed)
+    def __init__(self, *, errs: float, seed: int) -> None:
+        """Turn round a share `errs` of the choices."""
+        self.errs, self.chance = errs, random.Random(seed)
 
     def choice(self, first: str, second: str) -> int:
-        """-3 where the first response is much better, 0 for a tie, 3 where the second is."""
-        difference = self.worth(second) - self.worth(first)
-        steps = min(3, int(abs(difference) / 0.1))
+        """-3 where the first response is much better, 0 for a tie, 3 where the second is; a step is half a letter."""
+        difference = letters_per_word(first) - letters_per_word(second)
+        steps = min(3, int(abs(difference) / 0.5))
         side = -1 if difference < 0 else 1
         return steps * (-side if self.chance.random() < self.errs else side)
 
-    def worth(self, text: str) -> float:
-        """Share of letters that stand in known words; the last word, which may be cut, does not count."""
-        words = re.findall(r"\w+", text)[:-1]
-        known = sum(len(word) for word in words if word.lower() in self.words)
-        return known / max(sum(map(len, words)), 1)
+
+def letters_per_word(text: str) -> float:
+    """Mean length of words."""
+    words = re.findall(r"\w+", text)
+    return sum(map(len, words)) / max(len(words), 1)
 
 
 def main() -> None:
@@ -118,14 +118,12 @@ def main() -> None:
     parser.add_argument("url", help="where `palm-rlhf feedback serve` listens")
     parser.add_argument("name", help="of the person, as `palm-rlhf feedback adduser` added it")
     parser.add_argument("--password-file", type=Path, required=True, help="its first line is the password")
-    parser.add_argument("--words", type=Path, required=True, help="text whose words are known")
     parser.add_argument("--project", default="feedback", help="as it stands in the address")
     parser.add_argument("--errs", type=float, default=0.05, help="share of the choices that are turned round")
     args = parser.parse_args()
-    words = frozenset(re.findall(r"\w+", args.words.read_text(encoding="utf-8").lower()))
     browser = Browser(args.url)
     browser.log_in(args.name, args.password_file.read_text(encoding="utf-8").splitlines()[0])
-    taste = Taste(words, errs=args.errs, seed=sum(args.name.encode()))
+    taste = Taste(errs=args.errs, seed=sum(args.name.encode()))
     print(f"{args.name} judged {len(list(judge_all(browser, args.project, taste)))} pairs")
 
 

@@ -196,8 +196,8 @@ def _written(
     found: list[list[tuple[str, str]]] = [[] for _ in prompts]
     rows = [row for row in range(len(prompts)) for _ in range(samples)]
     with tqdm(total=len(rows) * len(authors), desc="sample", unit="response", disable=not use_tqdm) as bar:
-        for author in authors:
-            generator = torch.Generator(author.palm.device).manual_seed(seed)
+        for number, author in enumerate(authors):  # of the same random numbers, models that are alike write the same
+            generator = torch.Generator(author.palm.device).manual_seed(seed + number)
             for start in range(0, len(rows), ROWS):
                 batch = rows[start : start + ROWS]
                 texts = author.write([prompts[row] for row in batch], generator=generator)
