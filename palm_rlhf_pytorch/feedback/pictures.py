@@ -27,6 +27,7 @@ STEP_NAMES = ("A much better", "A better", "A slightly better", "tie", "B slight
               "B much better", "both bad")  # fmt: skip
 STEP_CLASSES = ("a", "a", "a", "tie", "b", "b", "b", "c6")
 LENGTHS = ((1.0, 1.25, "up to 1.25×"), (1.25, 2.0, "up to 2×"), (2.0, float("inf"), "more than 2×"))
+LONG, PATIENCE = 1.0, 20  # seconds of counting from which figures stay for so many times as long
 FEW = 20  # cases under which a share says little
 
 
@@ -41,13 +42,14 @@ class Picture:
 
 
 def pictures(project: Project) -> dict[str, Any]:
-    """What the page shows: `statistics`, `seconds` (the median of the people's), and `pictures`."""
-    found = replace(_kept(project), progress=progress(project))
+    """What the page shows: figures, when they were counted, and what is drawn of them; times in seconds, by medians."""
+    found, at = _kept(project)
+    found = replace(found, progress=progress(project))
     times = [person.seconds for person in found.annotators if person.seconds is not None]
     drawn = [*_days(found), *_choices(project.kind, found), *_agreement(found), *_longer(found)]
     return {
         "statistics": found,
-        "judgements": sum(person.judged for person in found.annotators),
+        "at": f"{at:%H:%M:%S}",
         "skips": sum(person.skipped for person in found.annotators),
         "seconds": median(times) if times else None,
         "rules": list(found.rules.items()),
@@ -55,15 +57,25 @@ def pictures(project: Project) -> dict[str, Any]:
     }
 
 
-def _kept(project: Project) -> Statistics:
-    """The figures, counted anew when something was judged, taken back or skipped since."""
+def _kept(project: Project) -> tuple[Statistics, Any]:
+    """The figures, and when they were counted: anew when something was judged, taken back or skipped since.
+
+    Where counting takes long, figures stay for a multiple of that time: looking at them must not slow judging down.
+    """
     own = Judgement.objects.filter(assignment__item__project=project)
     state = own.aggregate(number=Count("pk"), last=Max("at"))
     skipped = Assignment.objects.filter(item__project=project, state=State.SKIPPED).count()
-    last = state["last"].timestamp() if state["last"] else 0
-    key = f"palm_feedback.statistics.{project.pk}.{state['number']}.{last}.{skipped}"
-    kept: Statistics = cache.get_or_set(key, lambda: statistics(project), 3600)
-    return kept
+    version = (state["number"], state["last"], skipped, project.rules)
+    key = f"palm_feedback.statistics.{project.pk}"
+    kept = cache.get(key)
+    if kept is not None:
+        found, of, at, seconds = kept
+        if of == version or seconds > LONG and timezone.now() - at < timedelta(seconds=PATIENCE * seconds):
+            return found, at
+    at = timezone.now()
+    found = statistics(project)
+    cache.set(key, (found, version, at, (timezone.now() - at).total_seconds()), 3600)
+    return found, at
 
 
 def _days(found: Statistics) -> Iterator[Picture]:
