@@ -119,17 +119,19 @@ def run_sample(args: argparse.Namespace) -> int:
         ValueError: if a file or an option is not what it should be, or nothing is new.
     """
     from palm_rlhf_pytorch.feedback.rounds import add_round
-    from palm_rlhf_pytorch.feedback.sampling import sample_items
+    from palm_rlhf_pytorch.feedback.sampling import check_request, sample_items
 
     prompts, kind = read_prompts(args.prompts), asked_kind(args)
     names = [args.checkpoint, *([args.against] if hasattr(args, "against") else [])]
     authors = load_authors(args, names)
+    options: dict[str, Any] = {
+        "kind": kind, "samples": getattr(args, "samples", 2 if len(authors) == 1 else 1),
+        "per_prompt": getattr(args, "per_prompt", None), "count": getattr(args, "count", None),
+    }  # fmt: skip
+    check_request(authors, **options)  # before a project is made
     reader = load_reader(args, authors[0])
     project = project_asked_for(args)
-    found = sample_items(
-        authors, prompts, kind=kind, samples=getattr(args, "samples", 2 if len(authors) == 1 else 1), seed=args.seed,
-        reader=reader, per_prompt=getattr(args, "per_prompt", None), count=getattr(args, "count", None), use_tqdm=True,
-    )  # fmt: skip
+    found = sample_items(authors, prompts, seed=args.seed, reader=reader, use_tqdm=True, **options)
     if not found.items:
         raise ValueError(f"{args.checkpoint} wrote nothing that can be judged: its responses are empty or all the same")
     told = {"old": getattr(args, "against", ""), "reward_model": getattr(args, "reward_model", "")}

@@ -107,6 +107,8 @@ def round_of(project: Project, number: int) -> Round:
     Raises:
         ValueError: if there is none of that number.
     """
+    if not project.items.exists():
+        raise ValueError(f"project {project.name!r} holds nothing yet: sample or import something")
     if not project.items.filter(round=number).exists():
         raise ValueError(f"project {project.name!r} has no round {number}; its newest is {last_round(project)}")
     event = next((event for event in _sampled(project) if event.payload.get("round") == number), None)

@@ -139,7 +139,7 @@ def sample_items(
     Raises:
         ValueError: if a number is out of range, or the authors are not one or two of different names.
     """
-    _check(authors, kind, samples=samples, per_prompt=per_prompt, count=count)
+    check_request(authors, kind, samples=samples, per_prompt=per_prompt, count=count)
     prompts = list(dict.fromkeys(prompts))
     written = list(_written(authors, prompts, samples=samples, seed=seed, use_tqdm=use_tqdm))
     asked = zip(prompts, written, strict=True)
@@ -149,6 +149,22 @@ def sample_items(
     items.sort(key=lambda item: -item.priority)
     passed_over = len(prompts) - len({item.prompt for item in items if isinstance(item.prompt, str)})
     return Sampled(list(_most_worth(items, per_prompt))[:count], passed_over)
+
+
+def check_request(
+    authors: Sequence[Author], kind: int, *, samples: int, per_prompt: int | None, count: int | None
+) -> None:
+    """Raise a ValueError where `sample_items`, whose arguments these are, would."""
+    if not 1 <= len({author.name for author in authors}) == len(authors) <= 2:
+        names = ", ".join(author.name for author in authors)
+        raise ValueError(f"authors ({names}) must be one model, or two of different names")
+    least = 1 if kind == Kind.RATING or len(authors) == 2 else 2
+    if not least <= samples <= MAX_SAMPLES:
+        raise ValueError(f"samples ({samples}) must be from {least} to {MAX_SAMPLES}")
+    assert MAX_SAMPLES * 2 <= MAX_COMPLETIONS, "what two authors write fits into an item"
+    for name, number in (("per_prompt", per_prompt), ("count", count)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} ({number}) must be at least 1")
 
 
 def worth(scores: Tensor, kind: int) -> float:
@@ -174,19 +190,6 @@ class _Group(NamedTuple):
     prompt: str
     texts: tuple[str, ...]
     names: tuple[str, ...]
-
-
-def _check(authors: Sequence[Author], kind: int, *, samples: int, per_prompt: int | None, count: int | None) -> None:
-    if not 1 <= len({author.name for author in authors}) == len(authors) <= 2:
-        names = ", ".join(author.name for author in authors)
-        raise ValueError(f"authors ({names}) must be one model, or two of different names")
-    least = 1 if kind == Kind.RATING or len(authors) == 2 else 2
-    if not least <= samples <= MAX_SAMPLES:
-        raise ValueError(f"samples ({samples}) must be from {least} to {MAX_SAMPLES}")
-    assert MAX_SAMPLES * 2 <= MAX_COMPLETIONS, "what two authors write fits into an item"
-    for name, number in (("per_prompt", per_prompt), ("count", count)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} ({number}) must be at least 1")
 
 
 def _written(
