@@ -17,14 +17,14 @@ WALK = ROOT / "examples" / "8_feedback.md"
 # what the page says, and what this test runs in its place
 SMALLER = {
     "max_bytes=1_000_000": "max_bytes=30_000",
-    "paragraphs[:1200]": "paragraphs[:40]",
-    "[:600]": "[:13]",
-    "paragraphs[1200:]": "paragraphs[40:]",
+    "paragraphs[:1200]": "paragraphs[:60]",
+    "[:600]": "[:31]",
+    "paragraphs[1200:]": "paragraphs[60:]",
     "--steps 400 --length 128 --batch-size 16": "--steps 12 --length 64 --batch-size 4 --dim 16 --depth 1 --heads 2",
-    "--count 300": "--count 11",
+    "--count 300": "--count 29",
     "--count 150": "--count 7",
-    "--max-new-tokens 48": "--max-new-tokens 16",
-    "--members 3 --epochs 4": "--members 2 --epochs 1 --held-out 0.3",
+    "--max-new-tokens 48": "--max-new-tokens 24",
+    "--members 3 --epochs 4": "--members 2 --epochs 1 --held-out 0.4",
     "--episodes 1024": "--episodes 16 --update-timesteps 8 --minibatch-size 8",
 }
 
@@ -58,10 +58,10 @@ def test_sample_judge_export_reward_ppo_and_the_next_sample(tmp_path):
     end = "trap 'kill ${server:-} 2> /dev/null || true' EXIT\n"
     out = run(end + commands(), tmp_path, **path)
 
-    assert [int(number) for number in re.findall(r"judged (\d+) pairs", out)] == [11, 11, 7, 7]
+    assert [int(number) for number in re.findall(r"judged (\d+) pairs", out)] == [29, 29, 7, 7]
     status = "palm-rlhf feedback status --json --data-dir loop/feedback --round "
     first, second = (json.loads(run(status + number, tmp_path, **path)) for number in "12")
-    assert [first[name] for name in ("judgements", "wanted", "finished", "annotators")] == [22, 22, 11, 2]
+    assert [first[name] for name in ("judgements", "wanted", "finished", "annotators")] == [58, 58, 29, 2]
     assert (first["new"], first["old"], first["reward_accuracy"], first["win_rate"]) == ("loop/palm.pt", "", None, None)
     assert (second["new"], second["old"]) == ("loop/run-1/improved_palm.pt", "loop/palm.pt")
     assert (second["judgements"], second["win_rate"]["of"], second["agreement"]["items"]) == (14, 14, 7)
