@@ -137,11 +137,13 @@ class KVCache:
 
 
 def place_tokens(
-    tokens: int, mask: Tensor | None, cache: KVCache | None, *, causal: bool, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+    tokens: int, mask: Tensor | None, cache: KVCache | None, *, causal: bool, device: torch.device,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Positions of a pass's tokens, (n,) or (b, n), and what they may look at, (b or 1, n, j).
 
-    Positions count a row's real tokens from 0, so padding on either side changes none; padding gets a neighbour's.
+    Positions count a row's real tokens from 0, or those of a document, so padding on either side changes none; padding
+    gets a neighbour's.
 
     Args:
         tokens: n.
@@ -149,12 +151,34 @@ def place_tokens(
         cache: what comes before them, if anything; they are admitted to it.
         causal: tokens see no later one.
         device: where the tokens are.
+        documents: a number for each token, (b, n): neighbours of one number are one document, and see no other.
 
     Returns:
         Positions, and the mask of `attend`, None where `causal` alone says it.
+
+    Raises:
+        ValueError: if both a cache and documents are given.
     """
+    if documents is not None:
+        if cache is not None:
+            raise ValueError("documents: what a cache holds belongs to no document; leave one of the two out")
+        return _place_documents(document_starts(documents), mask, causal=causal)
     if cache is not None:
         return cache.admit(mask, tokens), cache.visible(tokens)
     if mask is None:
         return torch.arange(tokens, device=device), None
     return (mask.cumsum(dim=-1) - 1).clamp(min=0), attention_mask(mask, tokens, tokens, causal=causal)
+
+
+def document_starts(documents: Tensor) -> Tensor:
+    """True on the first token of each document, (b, n), where neighbours of one number are a document."""
+    return torch.cat((torch.ones_like(documents[:, :1], dtype=torch.bool), documents.diff(dim=-1) != 0), dim=-1)
+
+
+def _place_documents(starts: Tensor, mask: Tensor | None, *, causal: bool) -> tuple[Tensor, Tensor]:
+    real = torch.ones_like(starts) if mask is None else mask
+    count = real.cumsum(dim=-1)
+    before = (count - real.long()).masked_fill(~starts, 0).cummax(dim=-1).values  # real tokens before the document
+    document = starts.cumsum(dim=-1)
+    allowed = attention_mask(mask, starts.shape[1], starts.shape[1], causal=causal, device=starts.device)
+    return (count - before - 1).clamp(min=0), allowed & (document[:, :, None] == document[:, None, :])

@@ -43,16 +43,16 @@ TREE = [
         1,
         "training",
         "optimizer optimizers atomic foreign_file tensor_file tensor_reader optimizer_state manifest folder "
-        "tensor_stream checkpoint metrics ranks stopping random_states trackers saves curves charts plots page "
+        "tensor_stream checkpoint metrics ranks stopping random_states trackers saves best curves charts plots page "
         "runs_page supervised",
     ),
     (1.5, "text", "tokenizer_files"),
+    (1.5, "text", "sources corpus excerpts demonstrations packing"),
     (
         2,
         "palm",
         "inputs sampling responses graphs generation config pretrained scopes text_generation copying hub files block "
-        "decoding "
-        "transformer",
+        "decoding transformer text_training pretraining finetuning",
     ),
     (
         3,
@@ -80,9 +80,9 @@ TREE = [
     (
         5,
         "cli",
-        "device config completion models trackers generate chat_session chat pretrain reward_ask reward runs ppo check "
-        "plan grpo dpo evaluate convert inspect plot demo_text demo_report demo_pairs demo feedback_data "
-        "feedback_loop feedback main",
+        "device config completion models trackers generate chat_session chat text_runs pretrain finetune reward_ask "
+        "reward runs ppo check plan grpo dpo evaluate convert inspect plot demo_text demo_report demo_pairs demo "
+        "feedback_data feedback_loop feedback main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

@@ -15,6 +15,7 @@ from palm_rlhf_pytorch.cli import (
     dpo,
     evaluate,
     feedback,
+    finetune,
     generate,
     grpo,
     inspect,
@@ -30,6 +31,7 @@ from palm_rlhf_pytorch.cli.config import ConfigError, add_config_argument, take_
 COMMANDS = (
     demo,
     pretrain,
+    finetune,
     reward,
     check,
     plan,

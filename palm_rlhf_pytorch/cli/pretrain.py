@@ -1,59 +1,98 @@
-"""`palm-rlhf pretrain`: train a byte-level PaLM on the user's own UTF-8 files."""
+"""`palm-rlhf pretrain`: train a PaLM on the user's own text, from its first step or from another model."""
 
 import argparse
-import hashlib
-import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 
 from palm_rlhf_pytorch.cli.config import config_beside, save_config
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
-from palm_rlhf_pytorch.cli.generate import printable, sample_texts
+from palm_rlhf_pytorch.cli.models import load_model
+from palm_rlhf_pytorch.cli.text_runs import (
+    accelerator_of,
+    add_bad_record_argument,
+    add_learning_arguments,
+    begin,
+    finish,
+    loop_of,
+    metrics_path,
+    say_bad,
+    size_of,
+    told_of_bad_records,
+)
+from palm_rlhf_pytorch.cli.trackers import tracked
+from palm_rlhf_pytorch.palm.inputs import check_length
+from palm_rlhf_pytorch.palm.pretraining import bits_per_byte, held_out_windows, pretrain
+from palm_rlhf_pytorch.palm.text_training import Samples, TextLoss
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.text.datasets import TokenStream, read_texts
-from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
-from palm_rlhf_pytorch.training.atomic import check_target
-from palm_rlhf_pytorch.training.checkpoint import Checkpoints
-from palm_rlhf_pytorch.training.metrics import MetricsLog
-from palm_rlhf_pytorch.training.saves import Saves, clear, strangers
-from palm_rlhf_pytorch.training.supervised import fit
+from palm_rlhf_pytorch.text.corpus import Corpus, open_or_write
+from palm_rlhf_pytorch.text.datasets import BadRecord
+from palm_rlhf_pytorch.text.excerpts import Excerpt, split_corpus, whole_corpus
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import load_tokenizer
+from palm_rlhf_pytorch.training.ranks import Ranks
 
-PROMPT_BYTES = 32
-SAMPLE_BYTES = 200
-NUM_EVALUATIONS = 10
-EVAL_EVERY = 50  # at least; an evaluation costs as much as some ten steps
+__all__ = ["add_parser", "bits_per_byte", "metrics_path", "run"]
+
+PROMPT_TOKENS = 32
+SHAPE = {"dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "ff_mult": 4}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
     parser = subparsers.add_parser(
         "pretrain",
-        help="train a byte-level PaLM on text files",
-        description="Train a byte-level PaLM on UTF-8 text files, and judge it on the end of each, which is held out.",
+        help="train a PaLM on text files",
+        description=(
+            "Train a PaLM on UTF-8 text: files, and folders of them (.txt, .md, source code ..., .jsonl with a column"
+            " `text`, all also with .gz). It is judged on the end of each file, which is held out. Text is tokenised"
+            " once, into a folder beside the model, and read from there: it may be larger than memory."
+        ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="UTF-8 text file")
-    parser.add_argument("--out", type=Path, default=Path("palm.pt"), help="checkpoint; its metrics go beside it")
-    parser.add_argument("--dim", type=int, default=128, help="features of a token")
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--heads", type=int, default=4, help="query heads")
-    parser.add_argument("--dim-head", type=int, default=32, help="features of a head, even")
-    parser.add_argument("--length", type=int, default=256, help="bytes the model sees at once")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows of a step")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the windows and the sample")
-    parser.add_argument("--held-out", type=float, default=0.05, help="share of each file that is not trained on")
-    parser.add_argument("--save-every", type=int, default=100, metavar="N", help="steps between two checkpoints")
-    parser.add_argument(
-        "--resume", action="store_true", default=argparse.SUPPRESS, help="go on where the same command was interrupted"
-    )
-    add_device_argument(parser)
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="text file, or folder of text files")
+    parser.add_argument("--out", type=Path, default=Path("palm.pt"), help="the model; what belongs to it goes beside")
+    _add_text_arguments(parser)
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "--from", dest="begin_from", metavar="PALM", default=argparse.SUPPRESS,
+        help="go on from this model: a file, a folder, or a name on the Hugging Face Hub",
+    )  # fmt: skip
+    model.add_argument(
+        "--tokenizer", metavar="NAME_OR_PATH", default=argparse.SUPPRESS,
+        help="bytes, a tokenizer.json, a folder, or a name on the Hugging Face Hub; by default --from's, or bytes",
+    )  # fmt: skip
+    for name, meaning in (
+        ("dim", "features of a token"),
+        ("depth", "layers"),
+        ("heads", "query heads"),
+        ("dim_head", "features of a head, even"),
+        ("ff_mult", "features of the feedforward, in dims"),
+    ):
+        model.add_argument(f"--{name.replace('_', '-')}", type=int, default=SHAPE[name], metavar="N", help=meaning)
+    model.add_argument("--dropout", type=float, default=0.0, metavar="P", help="probability, while training")
+    add_learning_arguments(parser, lr=3e-3, lr_meaning="3e-3 suits dim 128, 3e-4 some 100M parameters")
     parser.set_defaults(run=run)
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("text")
+    text.add_argument("--length", type=int, default=256, metavar="N", help="tokens the model sees at once")
+    text.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows of a batch, in each process")
+    text.add_argument("--steps", type=int, default=1000, metavar="N", help="optimizer steps")
+    text.add_argument("--held-out", type=float, default=0.05, metavar="SHARE", help="of each file, not trained on")
+    text.add_argument(
+        "--validation", nargs="+", metavar="TEXT", default=argparse.SUPPRESS,
+        help="judge by these files or folders instead, and train on all of the others",
+    )  # fmt: skip
+    text.add_argument("--column", default="text", metavar="NAME", help="of .jsonl rows, holds the text")
+    add_bad_record_argument(text)
+    text.add_argument(
+        "--tokens", type=Path, metavar="DIR", default=argparse.SUPPRESS,
+        help="folder of the tokenised text, used again while files and tokenizer stay as they are; by default beside"
+        " --out (palm.tokens)",
+    )  # fmt: skip
+    text.add_argument("--join-documents", action="store_true", help="let a document see those before it in its window")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,140 +102,87 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: if a text is missing.
         ValueError: if a text is not UTF-8, there is too little of it, or an option is out of range.
     """
-    device = device_of(args)
-    if args.steps < 1 or not args.lr > 0:
-        raise ValueError(f"--steps {args.steps} must be at least 1, and --lr {args.lr} above 0")
-    texts = read_texts(args.texts)
-    for path, text in zip(args.texts, texts, strict=True):
-        if not text:
-            raise ValueError(f"{path} is empty: leave it out")
-    train, held_out = held_out_tails(texts, args.held_out)
-    stream = TokenStream(train, length=args.length, batch_size=args.batch_size, seed=args.seed)
-    metrics, saves = _files_beside(args, stream)
-    save_config(args, config_beside(args.out))
-    palm = _new_palm(args).to(device)
-    num_parameters = sum(parameter.numel() for parameter in palm.parameters())
-    print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {num_parameters:,} parameters on {device}")
-
-    def evaluate() -> dict[str, float]:
-        bits = bits_per_byte(palm, held_out, length=args.length, batch_size=args.batch_size)
-        return {"eval/loss": bits * math.log(2), "eval/bits_per_byte": bits}
-
-    print(f"held-out bits per byte before: {evaluate()['eval/bits_per_byte']:.3f}")
-    final = fit(
-        palm,
-        ({**batch, "return_loss": True} for batch in stream),
-        num_steps=args.steps,
-        lr=args.lr,
-        weight_decay=0.1,
-        warmup_steps=min(100, args.steps // 10),
-        evaluate=evaluate,
-        eval_every=max(EVAL_EVERY, args.steps // NUM_EVALUATIONS),
-        metrics=metrics,
-        description="pretrain",
-        saves=saves,
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} must be at least 1")
+    accelerator = accelerator_of(args)
+    begin(args, accelerator)
+    palm, tokenizer = _model(args)
+    check_length(args.length, palm.max_length, name="length")
+    train, held_out = _texts(args, tokenizer, accelerator)
+    palm.to(accelerator.device)
+    tokens = args.steps * args.accumulate * args.batch_size * args.length * accelerator.num_processes
+    accelerator.print(
+        f"{len(train):,} tokens to train on, {len(held_out):,} held out; {size_of(palm, accelerator)}; {args.steps:,}"
+        f" steps of {tokens // args.steps:,} tokens go over the text {tokens / len(train):.1f} times"
     )
-    if saves.stopped is not None:
-        print(f"stopped by {saves.stopped}, with all state saved: the same command with --resume goes on")
-        return 0
-    palm.save(args.out)
-    clear(saves.checkpoints)
-    print(f"held-out bits per byte after: {final['eval/bits_per_byte']:.3f}")
-    prompt = ByteTokenizer().decode(held_out[:PROMPT_BYTES])
-    sample = sample_texts(palm, prompt, max_new_tokens=SAMPLE_BYTES, seed=args.seed)[0]
-    print(f"sample: {printable(sample)}")
-    print(f"saved {args.out}, metrics in {metrics_path(args.out)}")
-    return 0
+    documents = not args.join_documents
+    judged = held_out_windows(held_out, tokenizer, length=args.length, batch_size=args.batch_size, documents=documents)
+    before = judged.evaluate(TextLoss(palm), accelerator=accelerator)["eval/bits_per_byte"]
+    accelerator.print(f"held-out bits per byte before: {before:.3f}")
+    prompts = _prompts(held_out, args.samples)
+    loop = loop_of(args, accelerator, Samples(prompts, tokenizer, end_token=tokenizer.eos_token))
+    if accelerator.is_main_process:
+        save_config(args, config_beside(args.out))
+    with tracked(args, accelerator, args.out):
+        found = pretrain(
+            palm, train, tokenizer, num_steps=args.steps, held_out=held_out, length=args.length,
+            batch_size=args.batch_size, documents=documents, seed=args.seed, loop=loop,
+        )  # fmt: skip
+    return finish(args, accelerator, palm, tokenizer, found)
 
 
-def _files_beside(args: argparse.Namespace, stream: TokenStream) -> tuple[MetricsLog, Saves]:
-    """Metrics and checkpoints of the run; a wrong path is refused here, before the work."""
-    check_target(args.out)
-    resume, path, folder = hasattr(args, "resume"), metrics_path(args.out), args.out.with_name(f"{args.out.stem}.run")
-    if args.save_every < 1:
-        raise ValueError(f"--save-every {args.save_every}: must be at least 1")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"{folder} must be a folder, for the run's checkpoints; move it away, or choose another --out")
-    checkpoints = Checkpoints(folder, keep_last=1)
-    foreign = strangers(folder)
-    if foreign:
-        raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
-    if checkpoints.steps() and not resume:
-        raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
-    if not resume:
-        path.unlink(missing_ok=True)  # of an earlier run that wrote the same checkpoint
-    return MetricsLog(path), Saves(checkpoints, every=args.save_every, resume=resume, data=data_digest(stream))
-
-
-def data_digest(stream: TokenStream) -> str:
-    """SHA-256 over what decides the batches of a stream: its tokens, and how windows are drawn from them."""
-    digest = hashlib.sha256(json.dumps([stream.seed, stream.length, stream.batch_size]).encode())
-    digest.update(stream.tokens.astype("<i8").data)
-    return digest.hexdigest()
-
-
-def metrics_path(out: Path) -> Path:
-    """Where the metrics of a checkpoint stand: palm.metrics.jsonl beside palm.pt."""
-    return out.with_name(f"{out.stem}.metrics.jsonl")
-
-
-def _new_palm(args: argparse.Namespace) -> PaLM:
+def _model(args: argparse.Namespace) -> tuple[PaLM, Tokenizer]:
+    """The model to begin from, on the CPU, and its tokenizer."""
+    named = getattr(args, "tokenizer", None)
     torch.manual_seed(args.seed)
-    return PaLM(
-        num_tokens=ByteTokenizer.num_tokens,
-        dim=args.dim,
-        depth=args.depth,
-        heads=args.heads,
-        dim_head=args.dim_head,
-    )
+    if hasattr(args, "begin_from"):
+        for name, usual in SHAPE.items():
+            if getattr(args, name) != usual:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)}: the model of --from has its shape already"
+                )
+        palm, tokenizer = load_model(args.begin_from, "cpu", tokenizer=named)
+        palm.set_dropout(args.dropout)
+        return palm, tokenizer
+    tokenizer = load_tokenizer(named or "bytes")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"--tokenizer {named}: it has no token that ends a text (eos_token); name one in its folder")
+    shape = {name: getattr(args, name) for name in SHAPE}
+    return PaLM(num_tokens=tokenizer.num_tokens, attn_dropout=args.dropout, ff_dropout=args.dropout, **shape), tokenizer
 
 
-def held_out_tails(texts: Sequence[str], held_out: float) -> tuple[Tensor, Tensor]:
-    """Byte ids of the texts, each ended by eos_token: all but the end of each (n,), and these ends (m,).
-
-    Raises:
-        ValueError: if held_out is not between 0 and 1, or so little text is given that nothing is held out.
-    """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out ({held_out}) must lie between 0 and 1")
-    encoded = [ByteTokenizer().encode(text, eos=True) for text in texts]
-    cuts = [round(len(ids) * (1 - held_out)) for ids in encoded]
-    train = torch.cat([ids[:cut] for ids, cut in zip(encoded, cuts, strict=True)])
-    tails = torch.cat([ids[cut:] for ids, cut in zip(encoded, cuts, strict=True)])
-    if len(tails) < 2:
-        raise ValueError(
-            f"held_out ({held_out}) of {len(train) + len(tails)} bytes leaves nothing to judge by; add text"
-        )
-    return train, tails
+def _texts(args: argparse.Namespace, tokenizer: Tokenizer, accelerator: Accelerator) -> tuple[Excerpt, Excerpt]:
+    """Tokens to train on, and tokens to judge by."""
+    folder = getattr(args, "tokens", args.out.with_name(f"{args.out.stem}.tokens"))
+    corpus = _corpus(args, args.texts, tokenizer, folder, accelerator)
+    if not hasattr(args, "validation"):
+        return split_corpus(corpus, args.held_out)
+    beside = folder.with_name(f"{folder.name}.validation")
+    return whole_corpus(corpus), whole_corpus(_corpus(args, args.validation, tokenizer, beside, accelerator))
 
 
-@torch.no_grad()
-def bits_per_byte(palm: PaLM, tokens: Tensor, *, length: int, batch_size: int = 16, max_windows: int = 256) -> float:
-    """Mean loss of a byte-level model over a text, in bits for each byte predicted.
+def _corpus(
+    args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer, folder: Path, accelerator: Accelerator
+) -> Corpus:
+    """The main process tokenises what is not tokenised yet; all read it."""
+    bad: list[BadRecord] = []
+    with Ranks(accelerator).together():
+        if accelerator.is_main_process:
+            open_or_write(
+                texts, tokenizer, folder, column=args.column, on_bad_record=told_of_bad_records(bad, args.on_bad_record)
+            )
+    corpus = Corpus.open(folder)
+    say_bad(accelerator.print, [*corpus.left_out, *map(str, bad)], "files and rows")
+    return corpus
 
-    Windows follow one another, each beginning with the last token of the one before; of more than max_windows, that
-    many are taken at even distances. A last window that would be shorter is left out.
 
-    Args:
-        palm: the model; its mode is left as it was.
-        tokens: ids of the text, (n,), at least two.
-        length: tokens of a window, at least two.
-        batch_size: windows at once.
-        max_windows: windows at most.
-
-    Raises:
-        ValueError: if length or the number of tokens is below two.
-    """
-    if length < 2 or len(tokens) < 2:
-        raise ValueError(f"length ({length}) and the number of tokens ({len(tokens)}) must be at least 2")
-    length = min(length, len(tokens))
-    windows = tokens.unfold(0, length, length - 1)
-    windows = windows[torch.linspace(0, len(windows) - 1, min(len(windows), max_windows)).round().long()]
-    was_training = palm.training
-    palm.eval()
-    try:
-        device = palm.token_emb.weight.device
-        total = sum(float(palm(batch.to(device), return_loss=True)) * len(batch) for batch in windows.split(batch_size))
-    finally:
-        palm.train(was_training)
-    return total / len(windows) / math.log(2)
+def _prompts(held_out: Excerpt, count: int) -> list[torch.Tensor]:
+    """Beginnings to continue, at even distances in the held-out text, none across documents."""
+    length = min(PROMPT_TOKENS, len(held_out) - 1)
+    places = torch.linspace(0, len(held_out) - length, count).long().tolist() if length > 0 else []
+    prompts = []
+    for place in places:
+        ids, begins = held_out.read(place, length)
+        end = int(begins[1:].argmax()) + 1 if begins[1:].any() else length
+        prompts.append(torch.from_numpy(ids[:end]))
+    return prompts

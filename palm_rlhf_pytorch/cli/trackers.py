@@ -35,10 +35,10 @@ def tracking_of(args: argparse.Namespace, *, name: str | None = None) -> Trackin
     return None if names is None else Tracking(log_with=names, project=args.project, name=name)
 
 
-def accelerator_of(args: argparse.Namespace, *, cpu: bool) -> Accelerator:
+def accelerator_of(args: argparse.Namespace, *, cpu: bool, **more: Any) -> Accelerator:
     """An accelerator with the trackers that the options name, for commands that train without a trainer."""
     tracking = tracking_of(args)
-    return tracked_accelerator({"cpu": cpu}, tracking, folder=Path.cwd() if tracking else None)[0]
+    return tracked_accelerator({"cpu": cpu, **more}, tracking, folder=Path.cwd() if tracking else None)[0]
 
 
 def tracked(args: argparse.Namespace, accelerator: Accelerator, out: Path) -> AbstractContextManager[None]:

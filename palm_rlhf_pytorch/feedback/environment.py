@@ -102,6 +102,7 @@ def database_of(url: str) -> dict[str, Any]:
         return {
             "ENGINE": "django.db.backends.sqlite3",
             "NAME": unquote(parts.path[1:]),
+            "CONN_MAX_AGE": None,  # a connection for each of the server's threads
             "OPTIONS": {
                 "transaction_mode": "IMMEDIATE",
                 "timeout": 30,

@@ -93,6 +93,7 @@ LOGGING = {
     "handlers": {"stderr": {"class": "logging.StreamHandler"}, "none": {"class": "logging.NullHandler"}},
     "loggers": {
         "django": {"handlers": ["stderr"], "level": "ERROR", "propagate": False},
+        "waitress.queue": {"handlers": ["none"], "level": "ERROR", "propagate": False},  # a line for each that waits
         "django.security": {"handlers": ["none"], "level": "ERROR", "propagate": False},  # foreign hosts, by the dozen
     },
 }

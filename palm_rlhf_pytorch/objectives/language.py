@@ -105,6 +105,23 @@ def chunked_next_token_loss(
     return LanguageLoss(loss, torch.tensor(len(rows), device=loss.device))
 
 
+def target_mask(real: Tensor | None, starts: Tensor | None, chosen: Tensor | None) -> Tensor | None:
+    """Tokens that a loss is over, (b, n): those chosen that have a token of their own text before them.
+
+    Args:
+        real: True on tokens, False on padding, (b, n); None where all are real.
+        starts: True on the first token of each document, (b, n); None where a row is one.
+        chosen: True on tokens that are to be targets, (b, n); None for all.
+
+    Returns:
+        The mask, None where every token counts (a row's first one has no logits in any case).
+    """
+    if real is not None:  # the first real token after padding has nothing to be predicted from
+        real = real & F.pad(real[:, :-1], (1, 0), value=False)
+    parts = [part for part in (real, None if starts is None else ~starts, chosen) if part is not None]
+    return None if not parts else torch.stack(parts).all(dim=0)
+
+
 class _MeanLoss(torch.autograd.Function):
     """Mean cross entropy of rows (m, d) against targets (m,), and its gradients d L / d rows, d L / d weight.
 

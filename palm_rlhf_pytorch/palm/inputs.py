@@ -61,6 +61,26 @@ def check_tokens(
     return seq, mask
 
 
+def check_marks(seq: Tensor, *, documents: Tensor | None, loss_mask: Tensor | None, predicting: bool) -> None:
+    """Raise unless documents are integers and loss_mask is bool, both of seq's shape, and there is a loss to mask.
+
+    Args:
+        seq: token ids, (b, n).
+        documents: number of each token's document, (b, n), or None.
+        loss_mask: True on targets of the loss, (b, n), or None.
+        predicting: whether the loss is asked for (`return_loss`).
+    """
+    if documents is not None:
+        if documents.is_floating_point() or documents.is_complex() or documents.dtype == torch.bool:
+            raise TypeError(f"documents are {documents.dtype}: give integers, the same one on all tokens of a document")
+        if documents.shape != seq.shape:
+            raise ValueError(f"documents {tuple(documents.shape)} must have the shape of seq {tuple(seq.shape)}")
+    if loss_mask is not None:
+        check_masked(loss_mask, seq=seq)
+        if not predicting:
+            raise ValueError("loss_mask says which tokens the loss is over: give return_loss=True with it")
+
+
 def check_prompts(
     prompt: Tensor, prompt_mask: Tensor | None, *, num_tokens: int, seq_len: int, device: torch.device
 ) -> Prompts:

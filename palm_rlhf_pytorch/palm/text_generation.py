@@ -16,6 +16,7 @@ from palm_rlhf_pytorch.palm.responses import Responses
 from palm_rlhf_pytorch.palm.sampling import check_sampling
 from palm_rlhf_pytorch.palm.scopes import Scopes
 from palm_rlhf_pytorch.tensors import check_token_ids, pad_ragged
+from palm_rlhf_pytorch.text.hf_tokenizer import as_tokenizer
 from palm_rlhf_pytorch.text.stops import StopFilter, check_stops
 from palm_rlhf_pytorch.text.streaming import TextStream
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
@@ -51,19 +52,19 @@ class Request(NamedTuple):
 
 @overload  # a str is a sequence of str too; the first that fits is taken
 def generate_text(  # type: ignore[overload-overlap]
-    self: TextModel, prompt: str | Tensor, *, tokenizer: Tokenizer, num_samples: None = None, max_new_tokens: int = 256,
+    self: TextModel, prompt: str | Tensor, *, tokenizer: object, num_samples: None = None, max_new_tokens: int = 256,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, stop: str | Sequence[str] = (),
     eos_token: int | None = None, generator: torch.Generator | None = None, finetune_scope: str | None = None,
 ) -> str: ...  # fmt: skip
 @overload
 def generate_text(
-    self: TextModel, prompt: str | Tensor | Sequence[str | Tensor], *, tokenizer: Tokenizer,
+    self: TextModel, prompt: str | Tensor | Sequence[str | Tensor], *, tokenizer: object,
     num_samples: int | None = None, max_new_tokens: int = 256, temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None, stop: str | Sequence[str] = (), eos_token: int | None = None,
     generator: torch.Generator | None = None, finetune_scope: str | None = None,
 ) -> list[str]: ...  # fmt: skip
 def generate_text(
-    self: TextModel, prompt: str | Tensor | Sequence[str | Tensor], *, tokenizer: Tokenizer,
+    self: TextModel, prompt: str | Tensor | Sequence[str | Tensor], *, tokenizer: object,
     num_samples: int | None = None, max_new_tokens: int = 256, temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None, stop: str | Sequence[str] = (), eos_token: int | None = None,
     generator: torch.Generator | None = None, finetune_scope: str | None = None,
@@ -77,8 +78,8 @@ def generate_text(
         self: the model.
         prompt: text, or ids (n,) of a text that was encoded already; or a list of such. An empty one is the tokenizer's
             BOS, which no other gets: `tokenizer.encode(text, bos=True)` puts it before a text.
-        tokenizer: encodes and decodes, `ByteTokenizer()` or `load_tokenizer(...)`. Ids that the model has and the
-            tokenizer has not (a vocabulary rounded up) are left out of the text.
+        tokenizer: encodes and decodes: `ByteTokenizer()`, `load_tokenizer(...)`, or one of Hugging Face's. Ids that
+            the model has and the tokenizer has not (a vocabulary rounded up) are left out of the text.
         num_samples: continuations of each prompt; None is one.
         max_new_tokens: tokens of a continuation at most.
         temperature: 0 is greedy, 1 the model's own distribution.
@@ -116,7 +117,7 @@ def generate_text(
 
 
 def stream(
-    self: TextModel, prompt: str | Tensor, *, tokenizer: Tokenizer, max_new_tokens: int = 256, temperature: float = 1.0,
+    self: TextModel, prompt: str | Tensor, *, tokenizer: object, max_new_tokens: int = 256, temperature: float = 1.0,
     top_k: int | None = None, top_p: float | None = None, stop: str | Sequence[str] = (),
     eos_token: int | None = None, generator: torch.Generator | None = None, finetune_scope: str | None = None,
 ) -> Generator[str, None, None]:  # fmt: skip
@@ -197,16 +198,17 @@ def _read(responses: Responses, rows: Sequence[_Row], start: int, end: int) -> l
 
 
 def _ask(
-    model: TextModel, prompts: Sequence[Any], *, tokenizer: Tokenizer, num_samples: int, max_new_tokens: int,
+    model: TextModel, prompts: Sequence[Any], *, tokenizer: object, num_samples: int, max_new_tokens: int,
     temperature: float, top_k: int | None, top_p: float | None, stop: str | Sequence[str], eos_token: int | None,
     generator: torch.Generator | None, finetune_scope: str | None,
 ) -> Request:  # fmt: skip
     """Check everything a user asks for, before any work, and encode the prompts; arguments as in `generate_text`."""
     if not model.causal:
         raise ValueError("a model with causal=False cannot continue text; build it with causal=True")
-    if tokenizer.num_tokens > model.num_tokens:
+    coder = as_tokenizer(tokenizer)
+    if coder.num_tokens > model.num_tokens:
         raise ValueError(
-            f"the tokenizer has {tokenizer.num_tokens} ids, the model only num_tokens={model.num_tokens}; take the"
+            f"the tokenizer has {coder.num_tokens} ids, the model only num_tokens={model.num_tokens}; take the"
             " tokenizer that the model was trained with"
         )
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
@@ -216,12 +218,12 @@ def _ask(
             raise ValueError(f"{name} ({value}) must be at least 1")
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     check_generator(generator, model.device)
-    eos_token = tokenizer.eos_token if eos_token is None else eos_token
+    eos_token = coder.eos_token if eos_token is None else eos_token
     if eos_token is not None and not 0 <= eos_token < model.num_tokens:
         raise ValueError(f"eos_token ({eos_token}) must be from 0 to {model.num_tokens - 1}, or None")
     stops = check_stops(stop)
     adapter = model.finetune_modules.chosen(finetune_scope, disabled=False)
-    rows = [_encoded(model, tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    rows = [_encoded(model, coder, prompt, index) for index, prompt in enumerate(prompts)]
     rows = [row for row in rows for _ in range(num_samples)]
     ids, mask = pad_ragged(rows, left=True)
     room = torch.tensor([min(max_new_tokens, model.max_length - len(row)) for row in rows], device=model.device)
@@ -229,7 +231,7 @@ def _ask(
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "eos_token": eos_token, "generator": generator,
         "adapter": adapter,
     }  # fmt: skip
-    return Request(ids, mask, room.long(), settings, stops, tokenizer, eos_token)
+    return Request(ids, mask, room.long(), settings, stops, coder, eos_token)
 
 
 def _encoded(model: TextModel, tokenizer: Tokenizer, prompt: object, index: int) -> Tensor:

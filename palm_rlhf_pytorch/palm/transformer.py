@@ -10,19 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.attention import KVCache, place_tokens
+from palm_rlhf_pytorch.attention import KVCache, document_starts, place_tokens
 from palm_rlhf_pytorch.lora import Adapter
-from palm_rlhf_pytorch.objectives.language import chunked_next_token_loss
+from palm_rlhf_pytorch.objectives.language import chunked_next_token_loss, target_mask
 from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock, Pass
 from palm_rlhf_pytorch.palm.config import check_dropout, checked_config
 from palm_rlhf_pytorch.palm.copying import share_weights
 from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.files import PaLMFiles
 from palm_rlhf_pytorch.palm.generation import continue_prompts
-from palm_rlhf_pytorch.palm.inputs import check_length, check_tokens
+from palm_rlhf_pytorch.palm.inputs import check_length, check_marks, check_tokens
 from palm_rlhf_pytorch.palm.scopes import Scopes
 from palm_rlhf_pytorch.palm.text_generation import generate_text, stream
 from palm_rlhf_pytorch.products import linear, product_dtype
@@ -104,7 +103,8 @@ class PaLM(PaLMFiles, nn.Module):
 
     def forward(
         self, seq: Tensor, return_loss: bool = False, *, mask: Tensor | None = None, finetune_scope: str | None = None,
-        disable_lora: bool = False, extra_embed: Tensor | None = None,
+        disable_lora: bool = False, extra_embed: Tensor | None = None, documents: Tensor | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits of each token's successor, or the loss of the tokens given.
 
@@ -115,27 +115,31 @@ class PaLM(PaLMFiles, nn.Module):
             finetune_scope: name of the scope whose adapter is added.
             disable_lora: leave the scope out all the same.
             extra_embed: added to the token embeddings, broadcast to (b, n, d).
+            documents: an integer for each token, (b, n); neighbours of one number are a document, which is read as if
+                it stood alone in its row: tokens see no other, and none is predicted from another's.
+            loss_mask: True on tokens that are targets of the loss, (b, n), as a response's are; None for all.
 
         Returns:
-            Logits (b, n, v), or a scalar loss.
+            Logits (b, n, v), or a scalar loss, 0 where nothing is left to predict.
 
         Raises:
             TypeError: if seq does not hold integers, or mask is not bool.
             ValueError: if shapes, ids or the scope do not fit, or a row is all padding.
         """
         seq, mask = check_tokens(seq, mask, num_tokens=self.num_tokens, causal=self.causal, predicting=return_loss)
+        check_marks(seq, documents=documents, loss_mask=loss_mask, predicting=return_loss)
         adapter = self.finetune_modules.chosen(finetune_scope, disabled=disable_lora)
-        hidden = self.embed(seq, mask=mask, adapter=adapter, extra_embed=extra_embed)
+        hidden = self.embed(seq, mask=mask, adapter=adapter, extra_embed=extra_embed, documents=documents)
         if not return_loss:
             return self.to_logits(hidden)
-        if mask is not None:  # the first real token after padding has nothing to be predicted from
-            mask = mask & F.pad(mask[:, :-1], (1, 0), value=False)
+        mask = target_mask(mask, None if documents is None else document_starts(documents), loss_mask)
         ignored = None if self.cross_entropy_ignore_index < 0 else self.cross_entropy_ignore_index  # ids are not
         return chunked_next_token_loss(hidden, self.token_emb.weight, seq, mask=mask, ignore_index=ignored).loss
 
     def embed(
         self, seq: Tensor, *, mask: Tensor | None = None, adapter: Adapter | None = None,
         extra_embed: Tensor | None = None, dropout: float | None = None, cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states after the last norm, (b, n, d); ids are trusted here, `forward` checks them.
 
@@ -146,12 +150,15 @@ class PaLM(PaLMFiles, nn.Module):
             extra_embed: added to the token embeddings.
             dropout: probability for this pass in place of the model's own; 0 turns dropout off whatever the mode.
             cache: keys and values so far; the new tokens are added to it.
+            documents: see `forward`; not with a cache.
 
         Raises:
-            ValueError: if a row is longer than `max_length`.
+            ValueError: if a row, or a document, is longer than `max_length`.
         """
         tokens = seq.shape[1]
-        positions, allowed = place_tokens(tokens, mask, cache, causal=self.causal, device=seq.device)
+        positions, allowed = place_tokens(
+            tokens, mask, cache, causal=self.causal, device=seq.device, documents=documents
+        )
         check_length(tokens if cache is None else cache.filled, self.max_length, name="seq", positions=positions)
         dropouts = (self.attn_dropout, self.ff_dropout) if self.training else (0.0, 0.0)
         attn_dropout, ff_dropout = dropouts if dropout is None else (dropout, dropout)

@@ -7,9 +7,8 @@ The loop is training/supervised.py's. Knows no policy.
 """
 
 import hashlib
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +41,12 @@ from palm_rlhf_pytorch.reward.model import RewardModel
 from palm_rlhf_pytorch.reward.texts import Reading
 from palm_rlhf_pytorch.text.datasets import Labels
 from palm_rlhf_pytorch.text.records import Label
-from palm_rlhf_pytorch.training.checkpoint import Checkpoints, load_checkpoint
-from palm_rlhf_pytorch.training.manifest import read_manifest, step_name
+from palm_rlhf_pytorch.training.best import Best
+from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks
-from palm_rlhf_pytorch.training.saves import KIND, Saves
+from palm_rlhf_pytorch.training.saves import Saves
 from palm_rlhf_pytorch.training.supervised import fit
 from palm_rlhf_pytorch.typecheck import typecheck
 
@@ -161,7 +160,7 @@ def train_reward_model(
         kept = Checkpoints(run_dir, keep_last=1, keep_best="eval/loss", maximize=False, accelerator=accelerator)
         saves = Saves(kept, every=every, resume=resume, data=_told(model, course, judged))
     trained = reward_model.finetune_parameters()
-    best = _Best(model, trained, patience=patience * every, checkpoints=None if saves is None else saves.checkpoints)
+    best = Best(model, trained, patience=patience * every, checkpoints=None if saves is None else saves.checkpoints)
     found = fit(
         model, course.batches(), num_steps=course.num_steps, lr=lr, weight_decay=weight_decay,
         warmup_steps=course.num_steps // 10, accumulate=accumulate, accelerator=accelerator, metrics=metrics,
@@ -298,54 +297,3 @@ def normalize_on(reward_model: RewardModel, encoded: EncodedLabels, *, max_token
     texts = texts[:: -(-len(texts) // MAX_REFERENCES)]
     batches = text_batches(texts, max_tokens=max_tokens, device=reward_model.head.weight.device)
     reward_model.normalize_scores(batch for _, batch in batches)
-
-
-class _Best:
-    """Remembers the weights of the best evaluation; asked after each whether there was no better one for too long.
-
-    A run that resumes finds what came before among its checkpoints, of which the best is kept.
-    """
-
-    def __init__(
-        self, model: nn.Module, trained: Sequence[Tensor], *, patience: int, checkpoints: Checkpoints | None
-    ) -> None:
-        chosen = {id(weight) for weight in trained}
-        self.parameters = {name: weight for name, weight in model.named_parameters() if id(weight) in chosen}
-        self.patience, self.checkpoints = patience, checkpoints
-        self.step, self.loss, self.metrics = 0, math.inf, dict[str, float]()
-        self.weights: dict[str, Tensor] | None = None
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> bool:
-        if self.step == 0:
-            self._recall(before=step)
-        if self._take(step, metrics):
-            self.weights = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()}
-        return step - self.step >= self.patience
-
-    def _recall(self, *, before: int) -> None:
-        for step in self.checkpoints.steps() if self.checkpoints is not None else []:
-            if step < before:
-                self._take(step, read_manifest(self._path(step)).metrics)
-
-    def _take(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether it is the best so far; of equals the later, as among checkpoints."""
-        loss = metrics.get("eval/loss", math.nan)
-        loss = math.inf if math.isnan(loss) else loss
-        if loss > self.loss:
-            return False
-        self.step, self.loss = step, loss
-        self.metrics = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        return True
-
-    def restore(self) -> None:
-        """Put the best weights into the model."""
-        weights = self.weights
-        if weights is None:
-            weights = load_checkpoint(self._path(self.step), kind=KIND).tensors["model"]
-        with torch.no_grad():
-            for name, weight in self.parameters.items():
-                weight.copy_(weights[name])
-
-    def _path(self, step: int) -> Path:
-        assert self.checkpoints is not None, "without checkpoints all steps are this call's own"
-        return self.checkpoints.folder / step_name(step)

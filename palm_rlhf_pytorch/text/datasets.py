@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.text.columns import read_columns
 from palm_rlhf_pytorch.text.dialogues import FieldError, opening_of, read_turns, render_prompt
-from palm_rlhf_pytorch.text.records import Label, Rating
+from palm_rlhf_pytorch.text.records import Label, Rating, Text
 from palm_rlhf_pytorch.text.rows import Row, check_table, is_table, read_rows
 
 
@@ -192,7 +192,7 @@ def read_labels(
     if isinstance(source, Mapping):
         raise TypeError("source is a mapping: give a list of rows, or one split of a dataset")
     labels = Labels()
-    for file, row in _source_rows(source):
+    for file, row in source_rows(source):
         labels.rows += 1
         try:
             if isinstance(row.columns, FieldError):
@@ -212,7 +212,24 @@ def read_labels(
     return labels
 
 
-def split_by_group(records: Sequence[Label], *, held_out: float, seed: int = 0) -> tuple[list[Label], list[Label]]:
+class Grouped(Protocol):
+    """A record that stays with its group: a label, or a demonstration."""
+
+    @property
+    def group(self) -> str | None:
+        """Name of the group; None to go by the prompt."""
+        ...
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """The record's texts."""
+        ...
+
+
+Record = TypeVar("Record", bound=Grouped)
+
+
+def split_by_group(records: Sequence[Record], *, held_out: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
     """Records to train on, and records held out, with no group on both sides.
 
     A record without a group goes by its prompt (of two prompts, the first in the alphabet), of a dialogue by how that
@@ -229,7 +246,7 @@ def split_by_group(records: Sequence[Label], *, held_out: float, seed: int = 0) 
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out ({held_out}) must be above 0 and below 1")
-    sides: tuple[list[Label], list[Label]] = ([], [])
+    sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
         digest = hashlib.blake2b(f"{seed}\n{_group(record)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         sides[int.from_bytes(digest) < held_out * 2**64].append(record)
@@ -239,14 +256,14 @@ def split_by_group(records: Sequence[Label], *, held_out: float, seed: int = 0) 
     return sides
 
 
-def _group(record: Label) -> str:
+def _group(record: Grouped) -> str:
     if record.group is not None:
         return f"group\n{record.group}"
     prompt = min(opening_of(text.prompt) for text in record.texts)
     return f"prompt\n{prompt}" if prompt else "\n".join(["text", *sorted(text.response for text in record.texts)])
 
 
-def _source_rows(source: str | Path | Iterable[str | Path | Mapping[str, object]]) -> Iterator[tuple[str, Row]]:
+def source_rows(source: str | Path | Iterable[str | Path | Mapping[str, object]]) -> Iterator[tuple[str, Row]]:
     """Rows and the names of their files; all files are looked at before the first is read."""
     items = [source] if isinstance(source, str | Path) else source
     paths = [Path(item) for item in items if isinstance(item, str | Path)] if isinstance(items, Sequence) else []

@@ -8,20 +8,31 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf_pytorch.tensors import pad_ragged
-from palm_rlhf_pytorch.text.tokenizer import row_of_ids, utf8
+from palm_rlhf_pytorch.text.tokenizer import Tokenizer, row_of_ids, utf8
 
 # what a `tokenizers` file calls its special tokens, which does not say which is which; the first that is there counts
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
 HINT = 'install the extra: pip install "palm-rlhf-pytorch[hf]" from the repository'
+
+
+def as_tokenizer(tokenizer: object) -> Tokenizer:
+    """The tokenizer itself, or one of Hugging Face's behind `HFTokenizer`.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(getattr(tokenizer, "num_tokens", None), int):
+        return cast(Tokenizer, tokenizer)
+    return HFTokenizer(tokenizer)
 
 
 class HFTokenizer:

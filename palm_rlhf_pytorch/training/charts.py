@@ -84,7 +84,7 @@ def value_range(lines: Sequence[Line]) -> tuple[float, float]:
     raw = sorted(value for line in lines for value in line.raw if math.isfinite(value))
     cut = len(raw) // 100
     low, high = min(smooth + raw[cut : cut + 1]), max(smooth + raw[len(raw) - 1 - cut :][:1])
-    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 0.05
     return low - room, high + room
 
 

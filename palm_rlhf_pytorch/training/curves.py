@@ -22,7 +22,7 @@ PROGRESS = ("done", "updates")  # what is no setting of a call
 
 
 class Panel(NamedTuple):
-    """What one plot shows: the first metric as solid lines, the others dashed."""
+    """What one plot shows: the first metric as solid lines, the others dashed, of runs that have the first."""
 
     title: str
     names: tuple[str, ...]
@@ -157,11 +157,13 @@ def panels_of(runs: Sequence[RunCurves], patterns: Sequence[str] | None = None) 
     if not known:
         raise ValueError(f"{', '.join(str(run.path) for run in runs)}: there is no number to draw")
     if patterns is None:
-        found, drawn = [], set[str]()
+        found, drawn = [], set[tuple[Path, str]]()
         for panel in PANELS:
-            if panel.names[0] in known - drawn:
-                found.append(Panel(panel.title, tuple(name for name in panel.names if name in known)))
-                drawn |= set(found[-1].names)
+            own = [run for run in runs if run.last(panel.names[0]) is not None]
+            if any((run.path, panel.names[0]) not in drawn for run in own):
+                names = [name for name in panel.names if any(run.last(name) is not None for run in own)]
+                found.append(Panel(panel.title, tuple(names)))
+                drawn |= {(run.path, name) for run in own for name in names}
         return found or [Panel(name, (name,)) for name in sorted(known)]
     order = [name for name in GLOSSARY if name in known] + sorted(known - GLOSSARY.keys())
     chosen: dict[str, None] = {}

@@ -115,9 +115,7 @@ def curves_plot(
         axis.set_title(panel.title, fontsize=10, loc="left")
         dashes = len({line.dashed for line in lines}) > 1
         note = f"  (dashed: {', '.join(panel.names[1:])})" if dashes else ""
-        axis.set_xlabel(
-            ("/".join(sorted({run.unit for run in runs})) if place >= len(panels) - columns else "") + note, fontsize=8
-        )
+        axis.set_xlabel((unit_of(runs, panel) if place >= len(panels) - columns else "") + note, fontsize=8)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = [axes[0].plot([], [], color=_colour(place), linewidth=2)[0] for place in range(len(runs))]
@@ -134,9 +132,11 @@ def curves_plot(
 
 
 def lines_of(runs: Sequence[RunCurves], panel: Panel, weight: float) -> list[Line]:
-    """The lines of a panel: those of runs that have a number for it."""
+    """The lines of a panel: those of runs that have a number for its first metric."""
     lines = []
     for place, run in enumerate(runs):
+        if run.last(panel.names[0]) is None:
+            continue
         for dashed, name in enumerate(panel.names):
             steps, values = run.curve(name)
             if any(map(math.isfinite, values)):
@@ -144,6 +144,11 @@ def lines_of(runs: Sequence[RunCurves], panel: Panel, weight: float) -> list[Lin
                 smooth = smoothed(values, 0.0 if name in EXACT else weight)
                 lines.append(Line(told, place, dashed > 0, steps, values, smooth))
     return lines
+
+
+def unit_of(runs: Sequence[RunCurves], panel: Panel) -> str:
+    """What a step is, of the runs that a panel shows."""
+    return "/".join(sorted({run.unit for run in runs if run.last(panel.names[0]) is not None}))
 
 
 def _draw(axis: "Axes", lines: Sequence[Line]) -> None:
@@ -159,6 +164,7 @@ def _draw(axis: "Axes", lines: Sequence[Line]) -> None:
     axis.grid(axis="y", color="0.9", linewidth=0.8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
+    axis.locator_params(axis="x", integer=True)
 
 
 def _colour(place: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from palm_rlhf_pytorch.training import charts
 from palm_rlhf_pytorch.training.curves import Panel, RunCurves, caption, differing_settings, summary
 from palm_rlhf_pytorch.training.page import document, table
-from palm_rlhf_pytorch.training.plots import lines_of
+from palm_rlhf_pytorch.training.plots import lines_of, unit_of
 
 SAMPLE = ("update", "kind", "score", "held_out_score", "kl", "length", "prompt", "response")
 STYLE = (
@@ -71,8 +71,7 @@ def _legend(runs: Sequence[RunCurves]) -> str:
 
 
 def _figure(runs: Sequence[RunCurves], panel: Panel, weight: float) -> str:
-    unit = "/".join(sorted({run.unit for run in runs}))
-    chart = charts.svg_chart(lines_of(runs, panel, weight), title=panel.title, unit=unit)
+    chart = charts.svg_chart(lines_of(runs, panel, weight), title=panel.title, unit=unit_of(runs, panel))
     return f"<figure><h3>{escape(panel.title)}</h3>{chart}<figcaption>{escape(caption(panel))}</figcaption></figure>"
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.cli.main import main
-from palm_rlhf_pytorch.cli.pretrain import bits_per_byte, data_digest, held_out_tails
+from palm_rlhf_pytorch.cli.pretrain import bits_per_byte
 from palm_rlhf_pytorch.palm.transformer import PaLM
-from palm_rlhf_pytorch.text.datasets import TokenStream
 
 TINY = ["--dim", "16", "--depth", "1", "--heads", "2", "--dim-head", "8", "--length", "24", "--batch-size", "4"]
 
@@ -59,6 +58,9 @@ def test_pretrain_repeats_with_its_seed(text, tmp_path):
         (["--steps", "0"], "--steps 0"),
         (["--lr", "-1"], "--lr -1.0"),
         (["--device", "abacus"], "--device abacus"),
+        (["--patience", "0"], "patience (0)"),
+        (["--accumulate", "0"], "--accumulate 0"),
+        (["--samples", "-1"], "--samples -1"),
     ],
 )
 def test_pretrain_refuses_bad_options_and_writes_no_model(text, tmp_path, capsys, options, message):
@@ -75,13 +77,14 @@ def test_pretrain_refuses_files_it_cannot_use(text, tmp_path, capsys):
     broken.write_bytes(b"ab\xff")
     empty = tmp_path / "empty.txt"
     empty.touch()
+    (tmp_path / "folder").mkdir()
     for path, message in [
         (str(broken), "offset 2"),
         (str(empty), "empty.txt is empty"),
         (str(tmp_path / "none.txt"), "none.txt"),
-        (str(tmp_path), "folder"),
+        (str(tmp_path / "folder"), "a folder without text"),
     ]:
-        assert main(["pretrain", text, path]) == 2
+        assert main(["pretrain", text, path, "--out", str(tmp_path / "palm.pt")]) == 2
         assert message in capsys.readouterr().err
     assert main(["pretrain", text, "--out", str(tmp_path), *TINY]) == 2
     assert "is a folder" in capsys.readouterr().err
@@ -94,14 +97,6 @@ def test_pretrain_refuses_a_link_before_it_trains(text, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "symbolic link" in printed.err
     assert "bits per byte" not in printed.out
-
-
-def test_held_out_tails_are_the_ends_of_each_text():
-    train, tails = held_out_tails(["abcdefgh", "xy"], 0.3)
-    assert train.tolist() == [*b"abcdef", *b"xy"]
-    assert tails.tolist() == [*b"gh", 257, 257]
-    with pytest.raises(ValueError, match="nothing to judge by"):
-        held_out_tails(["abc"], 0.05)
 
 
 def test_bits_per_byte_is_the_loss_of_every_byte_once():
@@ -177,16 +172,6 @@ def test_pretrain_leaves_files_alone_that_are_not_its_own(text, tmp_path, capsys
     assert (tmp_path / "palm.metrics.jsonl").read_bytes() == metrics
 
 
-def test_data_digest_tells_apart_what_gives_other_batches():
-    tokens = torch.arange(50) % 7
-    options = {"length": 5, "batch_size": 3, "seed": 1}
-    others = [options | {"length": 6}, options | {"batch_size": 2}, options | {"seed": 2}]
-    streams = [TokenStream(tokens, **options), TokenStream(tokens.flip(0), **options)]
-    digests = [data_digest(stream) for stream in streams + [TokenStream(tokens, **other) for other in others]]
-    assert len(set(digests)) == 5
-    assert data_digest(TokenStream(tokens.short(), **options)) == digests[0]
-
-
 def test_pretrain_resumes_only_with_the_same_text(text, tmp_path, capsys, monkeypatch):
     out = tmp_path / "palm.pt"
     argv = ["pretrain", text, "--out", str(out), "--steps", "3", "--device", "cpu", *TINY]
@@ -200,3 +185,43 @@ def test_pretrain_resumes_only_with_the_same_text(text, tmp_path, capsys, monkey
     assert "over other data" in capsys.readouterr().err and not out.exists()
     path.write_text(content, encoding="utf-8")
     assert main([*argv, "--resume"]) == 0 and out.exists()
+
+
+def test_pretrain_on_a_folder_by_a_tokenizer_goes_on_from_a_model(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "bad.txt").write_bytes(b"\xff")
+    rows = [{"body": f"row {n} says that the cat sat on mat {n}"} for n in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": 1}]))
+    (tmp_path / "validation.txt").write_text("the cat sat on row 7. " * 20)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([row["body"] for row in rows], trainer)
+    backend.save(str(tmp_path / "bpe.json"))
+    out, common = tmp_path / "palm.pt", ["--column", "body", "--device", "cpu", "--batch-size", "4", "--length", "24"]
+    argv = ["pretrain", str(folder), "--tokenizer", str(tmp_path / "bpe.json"), "--out", str(out), *TINY, *common]
+    assert main([*argv, "--steps", "2"]) == 2
+    assert "rows.jsonl, line 61: body is missing" in capsys.readouterr().err
+    argv += ["--on-bad-record", "skip", "--validation", str(tmp_path / "validation.txt")]
+    assert main([*argv, "--steps", "30", "--lr", "0.01", "--eval-every", "15"]) == 0
+    first = capsys.readouterr().out
+    assert "bad.txt is not UTF-8" in first and "line 61" in first
+    samples = [json.loads(line) for line in (tmp_path / "palm.samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [15, 15, 30, 30]
+    assert PaLM.from_checkpoint(out).num_tokens == 300
+    other = tmp_path / "other.pt"
+    argv = ["pretrain", str(folder), "--from", str(out), "--out", str(other), "--tokens", str(tmp_path / "palm.tokens")]
+    argv += ["--on-bad-record", "skip", "--validation", str(tmp_path / "validation.txt"), "--steps", "1", *common]
+    assert main(argv) == 0
+    second = capsys.readouterr().out
+    assert printed_bits(second, "before") == printed_bits(first, "after")
+    assert "line 61" not in second  # nothing was read again
+    assert (tmp_path / "other.tokenizer.json").exists()
+    assert main([*argv, "--dim", "32"]) == 2
+    assert "--dim 32: the model of --from" in capsys.readouterr().err

@@ -1,8 +1,6 @@
 """The server is killed while people submit: every judgement that it had acknowledged is there afterwards."""
 
 import json
-import subprocess
-import sys
 import threading
 import urllib.error
 from http.client import HTTPException
@@ -12,24 +10,12 @@ import pytest
 from tests.feedback.conftest import PASSWORD
 from tests.feedback.databases import database_variables
 from tests.feedback.http_judge import Judge
-from tests.feedback.serving import serving, start
+from tests.feedback.serving import SETUP, run_program, serving, start
 
 pytest.importorskip("django", reason="needs the extra [feedback]")
 
+PROJECT = "kill"
 PEOPLE, SUBMITS, KILLS = 4, 200, 2
-SETUP = """
-import sys
-from palm_rlhf_pytorch.feedback.begin import begin
-begin()
-from palm_rlhf_pytorch.feedback.accounts import add_user
-from palm_rlhf_pytorch.feedback.formats import NewCompletion, NewItem
-from palm_rlhf_pytorch.feedback.imports import add_items, make_project
-texts = (NewCompletion(text="a"), NewCompletion(text="b"))
-items = [NewItem(prompt=f"prompt {number}", completions=texts) for number in range(int(sys.argv[1]))]
-add_items(make_project("kill"), items)
-for name in sys.argv[3:]:
-    add_user(name, sys.argv[2])
-"""
 STORED = """
 import json
 from palm_rlhf_pytorch.feedback.begin import begin
@@ -47,7 +33,7 @@ def submit_until_gone(address, name, said, enough):
         judge, page = Judge(address, name, PASSWORD), None
         while not enough.is_set():
             note = f"{name} {len(said)}"
-            done = judge.judge("kill", page, choice="2", note=note)
+            done = judge.judge(PROJECT, page, choice="2", note=note)
             assert done is not None, "the queue ended before the server was killed"
             assignment, page = done
             said[assignment] = note
@@ -55,19 +41,12 @@ def submit_until_gone(address, name, said, enough):
         pass  # killed; what was on its way was not acknowledged
 
 
-def run_program(program, variables, *arguments):
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_no_acknowledged_judgement_is_lost_when_the_server_is_killed(tmp_path, database):
     with database_variables(database, tmp_path / "data") as variables:
         names = [f"person{number}" for number in range(PEOPLE)]
-        run_program(SETUP, variables, str(3 * SUBMITS), PASSWORD, *names)
+        run_program(SETUP, variables, PROJECT, str(3 * SUBMITS), PASSWORD, *names)
         acknowledged: dict[str, dict[str, str]] = {name: {} for name in names}
         for kill in range(1, KILLS + 1):
             process, address = start(tmp_path / "data", variables=variables)
@@ -93,4 +72,4 @@ def test_no_acknowledged_judgement_is_lost_when_the_server_is_killed(tmp_path, d
         assert {assignment: stored.get(assignment) for assignment in said} == said
         assert len(stored) - len(said) <= KILLS * PEOPLE  # stored, and killed before that was said
         with serving(tmp_path / "data", variables=variables) as address:  # and it goes on
-            assert Judge(address, names[0], PASSWORD).judge("kill", choice="1") is not None
+            assert Judge(address, names[0], PASSWORD).judge(PROJECT, choice="1") is not None

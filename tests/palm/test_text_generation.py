@@ -208,3 +208,17 @@ def test_models_that_cannot_continue_are_refused(make_palm):
         make_palm().stream("a", tokenizer=BYTES)
     with pytest.raises(ValueError, match="causal=False"):
         make_palm(num_tokens=259, causal=False).stream("a", tokenizer=BYTES)
+
+
+def test_hugging_face_tokenizers_are_taken_as_they_are(make_palm):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    backend = Backend(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    palm = make_palm(num_tokens=3)
+    text = palm.generate_text("a b", tokenizer=backend, max_new_tokens=4, temperature=0.0)
+    ids = palm.generate(6, torch.tensor([0, 1]), temperature=0.0)
+    assert text == backend.decode(ids.tolist())
+    with pytest.raises(TypeError, match=r"tokenizer \(int\)"):
+        palm.generate_text("a b", tokenizer=3)

@@ -8,7 +8,7 @@ import pytest
 
 from palm_rlhf_pytorch.training.charts import Line, svg_chart, thinned, ticks, value_range
 from palm_rlhf_pytorch.training.curves import Panel, differing_settings, panels_of, read_runs, smoothed, summary
-from palm_rlhf_pytorch.training.plots import curves_plot
+from palm_rlhf_pytorch.training.plots import curves_plot, lines_of
 from palm_rlhf_pytorch.training.runs_page import runs_page
 
 NAN = math.nan
@@ -89,6 +89,20 @@ def test_what_is_no_run_is_named(tmp_path, content, message):
         read_runs([path])
     with pytest.raises(FileNotFoundError, match="metrics.jsonl" + ("; it holds m.jsonl" if path.exists() else "")):
         read_runs([tmp_path])
+
+
+def test_runs_of_different_kinds_share_a_panel_only_where_they_mean_the_same(tmp_path):
+    direct = write(tmp_path / "dpo.metrics.jsonl", [{"step": 1, "dpo/loss": 0.7, "eval/loss": 0.6}])
+    reward = write(
+        tmp_path / "rm.metrics.jsonl", [{"step": 1, "train/loss": 0.5, "eval/loss": 0.4, "eval/accuracy": 1.0}]
+    )
+    runs = read_runs([direct, reward])
+    panels = panels_of(runs)
+    assert [panel.names for panel in panels] == [
+        ("dpo/loss", "eval/loss"), ("train/loss", "eval/loss"), ("eval/accuracy",),
+    ]  # fmt: skip
+    assert [line.raw for line in lines_of(runs, panels[0], 0.0)] == [[0.7], [0.6]]
+    assert [line.raw for line in lines_of(runs, panels[1], 0.0)] == [[0.5], [0.4]]
 
 
 def test_a_run_is_drawn_once(tmp_path):

@@ -11,6 +11,16 @@ addEventListener("keydown", (event) => {
   found.click();
   found.closest("details[open]")?.querySelector("textarea, input:not([type=hidden])")?.focus();
 });
+// The second of two quick presses or clicks would judge an item that nobody has read.
+let fresh = 0;
+addEventListener("click", (event) => {
+  if (!(event.target instanceof Element) || !event.target.closest(".final")) return;
+  if (event.detail > 1 || event.timeStamp < fresh) {
+    event.preventDefault();
+    event.stopPropagation();
+  }
+}, true);
+addEventListener("htmx:afterSwap", () => (fresh = performance.now() + 300));
 // What is sent to a server that is away is not lost in silence.
 const offline = (hidden) => () => (document.getElementById("offline").hidden = hidden);
 for (const name of ["htmx:sendError", "htmx:timeout"]) addEventListener(name, offline(false));
