@@ -13,6 +13,7 @@ from django.contrib import messages
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods
 
 from palm_rlhf_pytorch.feedback import claims, judgements, live
 from palm_rlhf_pytorch.feedback.codes import Kind, State
@@ -25,7 +26,7 @@ from palm_rlhf_pytorch.feedback.statistics import own_progress, progress
 QUESTIONS = {
     Kind.PAIR: "Which response is better?",
     Kind.RATING: "How good is each response?",
-    Kind.RANKING: "Put the responses in order",
+    Kind.RANKING: "Put the best response first",
 }
 # value, side, how much: the steps of a pair from left to right, on the keys 1 to 7
 STEPS = (
@@ -38,6 +39,7 @@ _Act = Callable[[HttpRequest, Project], HttpResponse]
 
 
 @never_cache
+@require_http_methods(["GET", "HEAD", "POST"])
 def judge(request: HttpRequest, slug: str) -> HttpResponse:
     """The item that a person holds, or the next one."""
     project = get_object_or_404(Project, slug=slug)
@@ -116,9 +118,19 @@ def order(request: HttpRequest, project: Project) -> HttpResponse:
     assignment = _assignment(request, project)
     place, _, move = request.POST.get("move", "").partition(" ")
     draft = read_draft(request.POST, assignment)
-    if move in MOVES and place.isdecimal() and len(place) < 4:
-        draft = draft.moved(int(place), move)
-    return _page(request, assignment, draft, moved=f"{place} {move}")
+    if move not in MOVES or not place.isdecimal() or len(place) > 3:
+        return _page(request, assignment, draft)
+    moved = draft.moved(int(place), move)
+    return _page(request, assignment, moved, focus=_next_button(draft, moved, int(place), move))
+
+
+def _next_button(before: Draft, after: Draft, place: int, move: str) -> str:
+    """The button that has the focus after a move: the same one, or where it is gone the nearest."""
+    if move == "in":
+        return f"{place} up"
+    if move == "out" and place not in after.ranking:
+        return f"{after.ranking[min(before.ranking.index(place), len(after.ranking) - 1)]} out"
+    return f"{place} {move}"
 
 
 def _assignment(request: HttpRequest, project: Project) -> Assignment:
@@ -171,7 +183,7 @@ def _next_page(request: HttpRequest, project: Project, *, polled: bool = False) 
 
 
 def _page(
-    request: HttpRequest, assignment: Assignment, draft: Draft, *, error: str = "", moved: str = "", status: int = 200
+    request: HttpRequest, assignment: Assignment, draft: Draft, *, error: str = "", focus: str = "", status: int = 200
 ) -> HttpResponse:
     """The page of an item, with what is filled in already."""
     project = assignment.item.project
@@ -192,7 +204,7 @@ def _page(
         "max_note": judgements.MAX_NOTE,
         "max_reason": judgements.MAX_REASON,
         "error": error,
-        "moved": moved,
+        "focus": focus,
     }
     return render(request, "palm_feedback/judge.html", context, status=status)
 

@@ -22,6 +22,7 @@ class Login(LoginView):
 
     template_name = "palm_feedback/login.html"
     redirect_authenticated_user = True
+    next_page = "palm_feedback:home"
 
     def post(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
         """Let somebody in."""

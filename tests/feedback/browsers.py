@@ -55,7 +55,7 @@ def wait_for(opened: Any, ready: Any) -> Any:
     from selenium.common.exceptions import JavascriptException, NoSuchElementException, StaleElementReferenceException
     from selenium.webdriver.support.wait import WebDriverWait
 
-    passing = [StaleElementReferenceException, NoSuchElementException, JavascriptException]
+    passing = [StaleElementReferenceException, NoSuchElementException, JavascriptException, IndexError]
     return WebDriverWait(opened, 20, poll_frequency=0.05, ignored_exceptions=passing).until(lambda _: ready())
 
 

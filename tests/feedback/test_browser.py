@@ -146,26 +146,36 @@ def test_responses_are_rated_and_ordered_by_keys(address, three_projects, models
         assert "up" in opened.switch_to.active_element.text
         opened.switch_to.active_element.click()
         wait_for(opened, lambda: opened.find_elements("css selector", ".order h2")[1].text.endswith("D"))
+        opened.find_element("css selector", "[value='1 out']").send_keys("\ue007")
+        wait_for(opened, lambda: opened.find_elements("css selector", ".response.out h2")[0].text.endswith("B"))
+        assert opened.switch_to.active_element.get_attribute("value") == "2 out"  # what took its place
         opened.find_element("css selector", "button.submit").click()
         next_item(opened, first)
         assert "/projects/newts/" == opened.current_url.removeprefix(address)
     rated, ranked = models.Judgement.objects.order_by("-pk")[:2][::-1]
     assert [rated.ratings[str(pk)] for pk in rated.assignment.order] == [5, 1, 3]
-    assert [ranked.assignment.order.index(pk) for pk in ranked.ranking] == [0, 3, 1, 2]
+    assert [ranked.assignment.order.index(pk) for pk in ranked.ranking] == [0, 3, 2]
 
 
 def test_the_second_of_two_quick_presses_or_clicks_judges_nothing(address, make_project, people, models):
-    from selenium.webdriver.common.action_chains import ActionChains
-
     make_project(items=5)
     people("anna")
     with browser() as opened:
         log_in(opened, address, "anna")
         opened.get(address + "/projects/birds/")
         first = shown(opened)
-        press(opened, "11")
+        # a press while the first is on its way, and one just after the next item has come
+        opened.execute_script(
+            "const press = () => document.querySelector('[data-key=\"1\"]').click();"
+            "document.addEventListener('htmx:afterSwap', () => setTimeout(press, 50), {once: true}); press(); press();"
+        )
         second = next_item(opened, first)
-        ActionChains(opened).double_click(opened.find_element("css selector", "[data-key='7']")).perform()
+        # the second click of a double click
+        opened.execute_script(
+            "const click = new MouseEvent('click', {detail: 2, bubbles: true, cancelable: true});"
+            "document.querySelector('[data-key=\"2\"]').dispatchEvent(click)"
+        )
+        press(opened, "7")
         next_item(opened, second)
     assert [one.choice for one in models.Judgement.objects.order_by("pk")] == [-3, 3]
 

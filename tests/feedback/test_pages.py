@@ -46,9 +46,13 @@ def said(page):
     return " ".join(re.findall(r'<p class="notice[^>]*>(.*?)</p>', page.content.decode(), re.DOTALL))
 
 
-def test_nothing_but_the_login_page_answers_without_login(make_project, people):
+@pytest.mark.parametrize("own_project", [False, True])
+def test_nothing_but_the_login_page_answers_without_login(make_project, people, monkeypatch, own_project):
+    from django.conf import settings
     from django.test import Client
 
+    if own_project:  # of the user's, whose settings ask for no login
+        monkeypatch.setattr(settings, "MIDDLEWARE", [one for one in settings.MIDDLEWARE if "LoginRequired" not in one])
     make_project()
     pages = ["/", *(JUDGE + name for name in ("", "order/", "skip/", "undo/", "instructions/", "statistics/"))]
     for page in pages:

@@ -12,6 +12,8 @@ addEventListener("keydown", (event) => {
   found.closest("details[open]")?.querySelector("textarea, input:not([type=hidden])")?.focus();
 });
 // The second of two quick presses or clicks would judge an item that nobody has read.
+const item = () => document.querySelector("#judgement [name=assignment]")?.value;
+let shown = item();
 let fresh = 0;
 addEventListener("click", (event) => {
   if (!(event.target instanceof Element) || !event.target.closest(".final")) return;
@@ -20,7 +22,10 @@ addEventListener("click", (event) => {
     event.stopPropagation();
   }
 }, true);
-addEventListener("htmx:afterSwap", () => (fresh = performance.now() + 300));
+addEventListener("htmx:afterSwap", () => {
+  if (item() !== shown) fresh = performance.now() + 300;
+  shown = item();
+});
 // What is sent to a server that is away is not lost in silence.
 const offline = (hidden) => () => (document.getElementById("offline").hidden = hidden);
 for (const name of ["htmx:sendError", "htmx:timeout"]) addEventListener(name, offline(false));
