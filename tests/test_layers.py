@@ -73,16 +73,16 @@ TREE = [
     (
         4,
         "feedback",
-        "codes environment begin apps settings security formats records models migrations.0001_initial events claims "
-        "judgements accounts imports exports agreement gold statistics checks drafts "
-        "templatetags.palm_feedback charts pictures errors judging views urls site wsgi server",
+        "codes environment begin apps settings security formats records sampling models migrations.0001_initial events "
+        "claims judgements accounts imports exports agreement gold statistics rounds checks drafts "
+        "templatetags.palm_feedback charts pictures errors live judging views urls site wsgi server",
     ),
     (
         5,
         "cli",
-        "feedback_data feedback device config completion models trackers generate chat_session chat text_runs pretrain "
-        "finetune reward_ask reward runs ppo check plan grpo dpo evaluate convert inspect plot demo_text demo_report "
-        "demo_pairs demo main",
+        "device config completion models trackers generate chat_session chat text_runs pretrain finetune reward_ask "
+        "reward runs ppo check plan grpo dpo evaluate convert inspect plot demo_text demo_report demo_pairs demo "
+        "feedback_data feedback_loop feedback main",
     ),
     (5, "", "ppo"),
     (5, "", "__init__"),

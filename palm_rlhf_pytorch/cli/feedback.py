@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf_pytorch.cli.feedback_data import add_data_actions
+from palm_rlhf_pytorch.cli.feedback_loop import add_live_arguments, add_loop_actions, start_writer
 
 EXTRA = 'needs: pip install "palm-rlhf-pytorch[feedback]"'
 Run = Callable[[argparse.Namespace], int]
@@ -30,6 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_serve(commands)
     add_adduser(commands)
     add_data_actions(partial(add_action, commands))
+    add_loop_actions(partial(add_action, commands))
 
 
 def add_action(
@@ -65,6 +67,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )  # fmt: skip
     parser.add_argument("--behind-tls", action="store_true", help="a proxy in front speaks TLS: secure cookies alone")
     parser.add_argument("--trusted-proxy", default="127.0.0.1", metavar="ADDRESS", help="of that proxy")
+    add_live_arguments(parser)
 
 
 def add_adduser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -124,6 +127,7 @@ def serve(args: argparse.Namespace) -> int:
         if args.host not in (*LOOPBACK, "::1"):
             raise ValueError(f"--host {args.host} needs a user first: palm-rlhf feedback adduser NAME")
         _first_user()
+    writer = start_writer(args)
     server = make_server(args.host, args.port, trusted_proxy=args.trusted_proxy if behind_tls() else None)
     if args.host not in (*LOOPBACK, "::1") and not behind_tls():
         print("passwords and judgements cross the network in the clear: put a proxy with TLS in front, and add")
@@ -135,6 +139,8 @@ def serve(args: argparse.Namespace) -> int:
         server.run()
     finally:
         server.close()
+        if writer is not None:
+            writer.close()
     return 0
 
 

@@ -1,5 +1,7 @@
 """The Django app: also fits into a project of the user's own, as `INSTALLED_APPS += [this module's path]`."""
 
+from typing import Any
+
 from django.apps import AppConfig
 
 
@@ -10,3 +12,4 @@ class FeedbackConfig(AppConfig):
     label = "palm_feedback"
     verbose_name = "PaLM feedback"
     default_auto_field = "django.db.models.BigAutoField"
+    writer: Any = None  # of this server: a Writer of live.py

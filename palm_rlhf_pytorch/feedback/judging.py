@@ -15,7 +15,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods
 
-from palm_rlhf_pytorch.feedback import claims, judgements
+from palm_rlhf_pytorch.feedback import claims, judgements, live
 from palm_rlhf_pytorch.feedback.codes import Kind, State
 from palm_rlhf_pytorch.feedback.drafts import MOVES, Draft, answer_of, first_draft, letter, read_draft
 from palm_rlhf_pytorch.feedback.errors import error_page
@@ -44,6 +44,15 @@ def judge(request: HttpRequest, slug: str) -> HttpResponse:
     """The item that a person holds, or the next one."""
     project = get_object_or_404(Project, slug=slug)
     return submit(request, slug) if request.method == "POST" else _next_page(request, project)
+
+
+@never_cache
+def written(request: HttpRequest, slug: str) -> HttpResponse:
+    """What a page that waits asks again and again: nothing (204) until they are written, then the next page."""
+    project = get_object_or_404(Project, slug=slug)
+    if not request.headers.get("HX-Request"):
+        return redirect("palm_feedback:judge", slug)
+    return _next_page(request, project, polled=True)
 
 
 def _on_post(act: _Act) -> Callable[[HttpRequest, str], HttpResponse]:
@@ -147,14 +156,30 @@ def _go_on(request: HttpRequest, project: Project, message: str = "") -> HttpRes
     return redirect("palm_feedback:judge", project.slug)
 
 
-def _next_page(request: HttpRequest, project: Project) -> HttpResponse:
-    try:
-        assignment = claims.claim(project, request.user)
-    except claims.BusyError:
-        return error_page(503, "Many people are being given items at this moment. Please try again.", retry=2)
-    if assignment is None:
-        return render(request, "palm_feedback/done.html", _about(request, project))
-    return _page(request, assignment, first_draft(assignment))
+def _next_page(request: HttpRequest, project: Project, *, polled: bool = False) -> HttpResponse:
+    """The item that a person holds, or the next one; where it is still being written, a page that waits for it.
+
+    One that waits asks again (`polled`), and is told nothing until there is something else to show.
+    """
+    writer = live.current_writer()
+    while True:
+        try:
+            assignment = claims.claim(project, request.user, live=writer is not None)
+        except claims.BusyError:
+            return error_page(503, "Many people are being given items at this moment. Please try again.", retry=2)
+        if assignment is None:
+            return render(request, "palm_feedback/done.html", _about(request, project))
+        if assignment.item.ready:
+            return _page(request, assignment, first_draft(assignment))
+        if writer is None:  # it was given out before the server was started anew
+            claims.release(assignment.pk, request.user)
+            continue
+        failure = writer.ask(assignment.item.pk)
+        if failure is None:
+            waits = {**_about(request, project), "turns": assignment.item.turns}
+            return HttpResponse(status=204) if polled else render(request, "palm_feedback/writing.html", waits)
+        judgements.skip(assignment.pk, request.user, f"not written: {failure}"[: judgements.MAX_REASON])
+        messages.info(request, "The model had no answers to that prompt, which was skipped.")
 
 
 def _page(

@@ -110,9 +110,10 @@ class Statistics:
     rules: dict[str, Counter[str]]
 
 
-def progress(project: Project) -> Progress:
-    """How far the project is, counted in the database."""
-    counted = project.items.filter(gold__isnull=True).aggregate(
+def progress(project: Project, *, round: int | None = None) -> Progress:
+    """How far the project is, or one round of sampling in it, counted in the database."""
+    of_round = {} if round is None else {"round": round}
+    counted = project.items.filter(gold__isnull=True, **of_round).aggregate(
         items=Count("done"),
         finished=Count("done", filter=Q(done__gte=project.required)),
         judgements=Coalesce(Sum(Least(F("done"), project.required)), 0),

@@ -12,6 +12,7 @@ urlpatterns = [
     path("login/", views.Login.as_view(), name="login"),
     path("logout/", LogoutView.as_view(next_page="palm_feedback:login"), name="logout"),
     path("projects/<slug:slug>/", login_required(judging.judge), name="judge"),
+    path("projects/<slug:slug>/written/", login_required(judging.written), name="written"),
     path("projects/<slug:slug>/order/", login_required(judging.order), name="order"),
     path("projects/<slug:slug>/skip/", login_required(judging.skip), name="skip"),
     path("projects/<slug:slug>/undo/", login_required(judging.undo), name="undo"),
