@@ -9,7 +9,8 @@ from typing import Any
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 FOLDERS = {"DIR", "FOLDER"}
-FILES = {"FILE", "RUN", "TEXT", "PALM", "A", "B", "SOURCE", "OUT", "DATA", "DIALOGUES", "NAME_OR_PATH"}  # or folders
+# or folders of them
+FILES = {"FILE", "RUN", "TEXT", "PALM", "CHECKPOINT", "A", "B", "SOURCE", "OUT", "DATA", "DIALOGUES", "NAME_OR_PATH"}
 
 
 class PrintCompletion(argparse.Action):

@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.cli import (
     demo,
     dpo,
     evaluate,
+    feedback,
     finetune,
     generate,
     grpo,
@@ -43,6 +44,7 @@ COMMANDS = (
     plot,
     inspect,
     convert,
+    feedback,
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 CUT_OFF = 141  # 128 + SIGPIPE
