@@ -18,7 +18,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
-from palm_rlhf_pytorch.cli.outcomes import left_as_found, stopped_code
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.reward import add_reading_arguments, read
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.objectives.direct import (
@@ -184,7 +184,7 @@ def _learn(
         return 2
     if trainer.stopped is not None:
         say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
-        return stopped_code(trainer.stopped)
+        return 0
     after = trainer.evaluate() if with_held_out else {}
     improved = trainer.export_palm()
     if trainer.accelerator.is_main_process:

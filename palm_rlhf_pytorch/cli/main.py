@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on; a run that a signal stops
-        saves first, and gives 130 (SIGINT) or 143 (SIGTERM).
+        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on. A run that a signal stops
+        saves first, and gives 0: it can be gone on with.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()

@@ -1,6 +1,5 @@
-"""How the run of a command ends: what it leaves of an earlier one where it is refused, its code where it is stopped."""
+"""How the run of a command ends: what it leaves of an earlier one where it is refused."""
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,15 +28,6 @@ def left_as_found(accelerator: Accelerator, metrics: Sequence[Path], others: Seq
             for path, content in before.items():
                 _give_back(path, content)
         raise
-
-
-def stopped_code(stopped: str) -> int:
-    """The exit code of a run that a signal has stopped, once it is saved: its result is not there yet.
-
-    Args:
-        stopped: name of the signal; 130 for "SIGINT" and 143 for "SIGTERM", as shells report them.
-    """
-    return 128 + signal.Signals[stopped].value
 
 
 def _content(path: Path) -> bytes | None:

@@ -22,7 +22,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
-from palm_rlhf_pytorch.cli.outcomes import left_as_found, stopped_code
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.pretrain import metrics_path
 from palm_rlhf_pytorch.cli.reward_ask import ON_BAD_RECORD, add_ask_options
 from palm_rlhf_pytorch.cli.trackers import accelerator_of, add_tracker_arguments, tracked
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
                 found = _train(member, own, held_out, args, asking, folder, number, accelerator)
             if found.stopped is not None:
                 say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
-                return stopped_code(found.stopped)
+                return 0
             say(_told(found, number if len(members) > 1 else None))
     if accelerator.is_main_process:
         save_tokenizer(tokenizer, args.out)

@@ -23,7 +23,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
-from palm_rlhf_pytorch.cli.outcomes import left_as_found, stopped_code
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
@@ -204,7 +204,7 @@ def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) ->
         raise ValueError(f"{error}; {args.run_dir} keeps {'the last' if kept else 'no'} checkpoint") from error
     if trainer.stopped not in (None, "watch"):
         say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
-        return stopped_code(trainer.stopped)
+        return 0
     improved = trainer.export_palm()
     if trainer.accelerator.is_main_process:
         improved.save(out)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from palm_rlhf_pytorch.cli.config import config_beside
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable
-from palm_rlhf_pytorch.cli.outcomes import left_as_found, stopped_code
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.trackers import accelerator_of as tracked_accelerator_of
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments
 from palm_rlhf_pytorch.palm.text_training import Samples, TextLoop, TextTraining
@@ -157,7 +157,7 @@ def finish(
     say = accelerator.print
     if found.stopped is not None:
         say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
-        return stopped_code(found.stopped)
+        return 0
     if accelerator.is_main_process:
         save_tokenizer(tokenizer, args.out)
         palm.save(args.out)

@@ -4,7 +4,7 @@ import pytest
 from accelerate import Accelerator
 
 from palm_rlhf_pytorch.cli import main as entry
-from palm_rlhf_pytorch.cli.outcomes import left_as_found, stopped_code
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 
 TINY = [
     "--dim", "8", "--depth", "1", "--heads", "1", "--dim-head", "4", "--length", "8", "--batch-size", "2", "--steps",
@@ -39,7 +39,3 @@ def test_a_refused_command_leaves_what_stands_beside_its_model(tmp_path, monkeyp
         assert entry.main(["pretrain", "text.txt", *TINY, *wrong]) == 2
         assert wrong[0].strip("-").replace("-", "_") in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-
-
-def test_code_of_a_stopped_run_is_that_of_its_signal():
-    assert (stopped_code("SIGINT"), stopped_code("SIGTERM")) == (130, 143)
