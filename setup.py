@@ -40,6 +40,8 @@ setup(
             *FEEDBACK,
             "psycopg[binary]>=3.2",
             "selenium",
+            "nbclient",
+            "ipykernel",
         ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "completion": ["shtab"],  # palm-rlhf --print-completion

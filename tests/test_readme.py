@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
-from palm_rlhf_pytorch.text import ByteTokenizer
+from palm_rlhf_pytorch.text import ByteTokenizer, tokenizer_of
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP, LABELS, SEVERAL, GROUPS, DIRECT, RESUMED = SNIPPETS
+(
+    LANGUAGE_MODEL, REWARD_MODEL, TRAINER, ON_TEXT, JUDGE, OWN_LOOP, PUBLISHED, OWN_TEXT, LABELS, SEVERAL, GROUPS,
+    DIRECT, RESUMED,
+) = SNIPPETS  # fmt: skip
 
 SMALL = {
     "num_tokens=20000": "num_tokens=300",
@@ -101,6 +104,34 @@ def test_text_snippet_runs_when_reduced(tmp_path, monkeypatch):
     assert PaLM.from_checkpoint("improved_palm.pt").config == palm.config
 
 
+def test_published_snippet_writes_text_with_a_folder_in_the_hubs_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    PaLM(num_tokens=259, dim=24, depth=2).save_pretrained("folder")
+    changes = {
+        "conceptofmind/palm-410m": "folder",
+        "EleutherAI/gpt-neox-20b": "bytes",
+        "max_new_tokens=100": "max_new_tokens=7",
+    }
+    assert all(printed in PUBLISHED for printed in changes)
+    palm = run(PUBLISHED, changes)["palm"]
+    assert palm.token_emb.weight.dtype == torch.bfloat16
+    assert len(capsys.readouterr().out) > 0
+    assert PaLM.from_pretrained("my-palm").config == palm.config
+    assert {path.name for path in (tmp_path / "my-palm").iterdir()} >= {"model.safetensors", "config.json", "README.md"}
+
+
+def test_own_text_snippet_learns_from_a_folder_and_from_dialogues(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_books").mkdir()
+    Path("my_books", "a.txt").write_text("It was a dark night. " * 400, encoding="utf-8")
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    Path("dialogues.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 5, encoding="utf-8")
+    palm = run(OWN_TEXT, {"dim=128, depth=4": "dim=24, depth=2", "num_steps=1000": "num_steps=9"})["palm"]
+    assert 0 < float(capsys.readouterr().out) < 9
+    assert PaLM.from_checkpoint("chat.pt").config == palm.config
+    assert tokenizer_of("chat.pt", num_tokens=259).num_tokens == 259
+
+
 def test_resume_snippet_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     palm = PaLM(num_tokens=300, dim=24, depth=2)
@@ -111,7 +142,7 @@ def test_resume_snippet_goes_on_where_it_was(tmp_path, monkeypatch):
     trainer = run(RESUMED, longer, **given)["trainer"]
     assert (trainer.episodes, trainer.updates) == (75, 3)
     assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {
-        "metrics.jsonl", "samples.jsonl", "experience", "checkpoints",
+        "metrics.jsonl", "samples.jsonl", "experience", "checkpoints", "rollouts",
     }  # fmt: skip
 
 

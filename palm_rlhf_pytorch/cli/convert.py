@@ -27,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the command and its options."""
     parser = subparsers.add_parser(
         "convert",
-        help="a checkpoint of any known layout, written in this package's own",
+        help="write a checkpoint of any known layout in this package's own",
         description=(
             "Read a language model or a judge (a file, a folder or a name on the Hugging Face Hub; this package's"
             f" layout or that of the published PaLMs: {', '.join(PUBLISHED)}), say what it is, and write it in this"

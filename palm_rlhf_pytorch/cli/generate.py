@@ -44,10 +44,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", help=f"continue each of these instead: {PROMPTS}")
     add_chat_argument(parser)
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (1)")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)"
+    )
     parser.add_argument("--stream", action="store_true", help="print each text as it is written, one after the other")
     add_sampling_arguments(parser, temperature=1.0, max_new_tokens=256)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
     add_device_argument(parser)
     add_dtype_argument(parser)
     parser.set_defaults(run=run)
@@ -56,11 +58,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
     """Add how tokens are drawn and what ends a text."""
     parser.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"tokens at most ({max_new_tokens})"
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"tokens at most (default: {max_new_tokens})",
     )
     parser.add_argument(
         "--temperature", type=float, default=temperature, metavar="T",
-        help=f"0 is greedy, 1 the model's own distribution ({temperature})",
+        help=f"0 is greedy, 1 the model's own distribution (default: {temperature})",
     )  # fmt: skip
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the most likely tokens of this mass")

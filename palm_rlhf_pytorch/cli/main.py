@@ -86,14 +86,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands; each sets `run`, which takes the arguments and returns an exit code."""
-    parser = argparse.ArgumentParser(prog="palm-rlhf", description="RLHF on a PaLM language model.", epilog=ORIGIN)
+    parser = argparse.ArgumentParser(
+        prog="palm-rlhf",
+        description="RLHF on a PaLM language model: train or take a model, train a judge, improve the model by it.",
+        epilog=f"`palm-rlhf COMMAND --help` tells more. Begin with `palm-rlhf demo`. {ORIGIN}",
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
+        if subparser.formatter_class is argparse.ArgumentDefaultsHelpFormatter:
+            subparser.formatter_class = _Defaults
         add_config_argument(subparser)
     add_completion_argument(parser)
     return parser
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that a flag is off or an option has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def _take_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Steering sentiment: a byte-level model of film reviews learns to write kind ones, by a judge trained on SST-2.
 
-    PALM_DATA_DIR=folder python examples/judge_of_sentiment.py --seeds 0 1 --out judge
-    PALM_DATA_DIR=folder python examples/sentiment.py --judges judge        (--quick: seconds, to see that it runs)
+    PALM_DATA_DIR=folder python examples/studies/judge_of_sentiment.py --seeds 0 1 --out judge
+    PALM_DATA_DIR=folder python examples/studies/sentiment.py --judges judge    (--quick: seconds: that it runs)
 
 The first command makes the files: judge_trunk.pt, the model that is improved, and judge_0.pt and judge_1.pt. The second
 judge is never learnt from: its score says whether the reviews are kinder, or the first judge is fooled.
@@ -51,7 +51,9 @@ def main():
     files = [args.judges.with_name(f"{args.judges.name}_{name}.pt") for name in ("trunk", 0, 1)]
     for file in files:
         if not file.exists():
-            parser.error(f"{file} is missing: run examples/judge_of_sentiment.py --seeds 0 1 --out {args.judges} first")
+            parser.error(
+                f"{file} is missing: run examples/studies/judge_of_sentiment.py --seeds 0 1 --out {args.judges} first"
+            )
     palm, (judge, held_out) = PaLM.from_checkpoint(files[0]), map(RewardModel.from_checkpoint, files[1:])
     prompts = prompts_of(Path(os.environ["PALM_DATA_DIR"]), random.Random(args.seed), count=512)
     trainer = RLHFTrainer(

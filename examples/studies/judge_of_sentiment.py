@@ -1,6 +1,6 @@
 """A byte-level PaLM learns to judge sentiment: five bins, read as two classes (SST-2) and as ratings (VADER's).
 
-    PALM_DATA_DIR=folder python examples/judge_of_sentiment.py [--seeds 0 1 2] [--out judge]
+    PALM_DATA_DIR=folder python examples/studies/judge_of_sentiment.py [--seeds 0 1 2] [--out judge]
 
 The folder holds sst2_train.csv and sst2_dev.csv (columns sentence, label), vader_movie_ratings.jsonl (text, mean: a
 person's ratings from -4 to 4, averaged) and wikitext2_valid.txt. A trunk is pretrained once as a language model on the

@@ -1,0 +1,34 @@
+"""6. DPO: straight from the preferences that the reward model learnt from; nothing is sampled and nothing is scored.
+
+labels.jsonl -> log-probabilities of chosen and rejected answers -> DPO's loss        gives improved_dpo.pt
+"""
+
+from functools import partial
+
+from counting import options
+
+from palm_rlhf_pytorch import DPOTrainer, PaLM
+from palm_rlhf_pytorch.objectives import dpo_loss
+from palm_rlhf_pytorch.text import read_labels, save_tokenizer, split_by_group, tokenizer_of
+
+args = options(__doc__).parse_args()
+palm = PaLM.from_checkpoint(args.out / "finetuned.pt")
+tokenizer = tokenizer_of(args.out / "finetuned.pt", num_tokens=palm.num_tokens)
+train, held_out = split_by_group(read_labels(args.out / "labels.jsonl").records, held_out=0.15)
+
+trainer = DPOTrainer(
+    palm=palm,
+    pairs=train,
+    held_out=held_out,
+    tokenizer=tokenizer,
+    loss=partial(dpo_loss, beta=0.1),  # or ipo_loss, simpo_loss ... of objectives/direct.py
+    lr=1e-3,
+    minibatch_size=32,
+    run_dir=args.out / "dpo",
+)
+metrics = trainer.train(num_epochs=1 if args.quick else 4)
+
+trainer.export_palm().save(args.out / "improved_dpo.pt")
+save_tokenizer(tokenizer, args.out / "improved_dpo.pt")
+accuracy = metrics["eval/accuracy"]
+print(f"{len(train)} pairs; it prefers the chosen answer in {accuracy:.2f} of {len(held_out)} held-out ones")
