@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
+FEEDBACK = ["django>=5.2,<7", "django-htmx>=1.28,<2", "whitenoise>=6.9", "waitress>=3"]
+
 setup(
     name="palm-rlhf-pytorch",
     version="0.1.0",
@@ -18,7 +20,10 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["palm_rlhf_pytorch*"]),
-    package_data={"palm_rlhf_pytorch": ["py.typed"]},
+    package_data={
+        "palm_rlhf_pytorch": ["py.typed"],
+        "palm_rlhf_pytorch.feedback": ["templates/**/*", "static/**/*"],
+    },
     zip_safe=False,
     python_requires=">=3.11",
     install_requires=["torch>=2.13", "einops", "beartype>=0.23", "accelerate", "tqdm", "numpy"],
@@ -32,11 +37,16 @@ setup(
             "transformers",
             "shtab",
             "tensorboard",
+            *FEEDBACK,
+            "psycopg[binary]>=3.2",
+            "selenium",
             "nbclient",
             "ipykernel",
         ],  # the extras that tests use, too
         "bench": ["transformers"],  # the peer that tests/benchmarks compares with
         "completion": ["shtab"],  # palm-rlhf --print-completion
+        "feedback": FEEDBACK,  # palm-rlhf feedback: people judge in a browser
+        "feedback-postgres": [*FEEDBACK, "psycopg[binary]>=3.2"],  # the same on PostgreSQL
         "hf": ["transformers", "tokenizers", "datasets"],  # tokenizers, chat templates, classifiers as judges, data
         "plot": ["matplotlib"],  # learning curves, reliability plots
         "wandb": ["wandb"],  # log_with="wandb"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from palm_rlhf_pytorch.cli.chat_session import Book, Chat, RawText, Session, Voice
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.device import DTYPES, add_device_argument, add_dtype_argument, device_of
 from palm_rlhf_pytorch.cli.generate import add_sampling_arguments, encodable, printable, sampling_of, stops_of
 from palm_rlhf_pytorch.cli.models import add_model_argument, load_model, tokenizer_name
 
@@ -50,6 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_sampling_arguments(parser, temperature=0.7, max_new_tokens=512)
     parser.add_argument("--seed", type=int, metavar="N", help="of the answers; another each time without it")
     add_device_argument(parser)
+    add_dtype_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if args.raw and args.system is not None:
         raise ValueError("--system is a turn of a chat, and --raw knows no turns; leave one of them out")
     device = device_of(args)
-    palm, tokenizer = load_model(args.palm, device, tokenizer=tokenizer_name(args), ends=False)
+    palm, tokenizer = load_model(
+        args.palm, device, tokenizer=tokenizer_name(args), ends=False, dtype=DTYPES[args.dtype]
+    )
     generator = torch.Generator(device)
     if args.seed is None:
         generator.seed()

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
-FOLDERS = {"DIR", "RUN"}
-FILES = {"FILE", "TEXT", "PALM", "CHECKPOINT", "SOURCE", "OUT", "LABELS"}
+FOLDERS = {"DIR", "FOLDER"}
+# or folders of them
+FILES = {"FILE", "RUN", "TEXT", "PALM", "CHECKPOINT", "A", "B", "SOURCE", "OUT", "DATA", "DIALOGUES", "NAME_OR_PATH"}
 
 
 class PrintCompletion(argparse.Action):

@@ -48,7 +48,7 @@ def take_config(parser: argparse.ArgumentParser, argv: Sequence[str], *, command
         FileNotFoundError: if there is no such file.
         ConfigError: if it is no YAML mapping, names an option that the command has not, or gives it no value it takes.
     """
-    path = _path_in(argv)
+    path = _path_in(parser, argv)
     if path is None:
         return
     actions = {name: action for action in parser._actions for name in _names(action)}
@@ -78,15 +78,20 @@ def save_config(args: argparse.Namespace, path: str | Path) -> None:
         file.write(yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True).encode())
 
 
-def _path_in(argv: Sequence[str]) -> Path | None:
+def _path_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Path | None:
+    """The last file that the flag names; the parser takes its beginning too, as long as no other option has it."""
+    flags = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
     found = None
     for place, word in enumerate(argv):
         if word == "--":
             break
-        if word == FLAG and place + 1 < len(argv):
+        name, given, value = word.partition("=")
+        if name != FLAG and [flag for flag in flags if flag.startswith(name)] != [FLAG]:
+            continue
+        if given:
+            found = Path(value)
+        elif place + 1 < len(argv):
             found = Path(argv[place + 1])
-        elif word.startswith(f"{FLAG}="):
-            found = Path(word.removeprefix(f"{FLAG}="))
     return found
 
 
@@ -95,7 +100,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no such file: {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or no path
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must map options to values, a line each: `seed: 3`")

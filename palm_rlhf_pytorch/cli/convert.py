@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from palm_rlhf_pytorch.cli.device import DTYPES
 from palm_rlhf_pytorch.palm.hub import SUFFIXES, WEIGHTS, locate
 from palm_rlhf_pytorch.palm.pretrained import PUBLISHED, layout_of, published_name
 from palm_rlhf_pytorch.palm.transformer import PaLM
@@ -15,7 +16,6 @@ from palm_rlhf_pytorch.text.tokenizer_files import FILE, save_tokenizer, tokeniz
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS: dict[str, type[PaLM] | type[RewardModel] | type[RewardEnsemble]] = {
     "PaLM": PaLM, "RewardModel": RewardModel, "RewardEnsemble": RewardEnsemble,
 }  # fmt: skip

@@ -1,8 +1,18 @@
-"""The `--device` option that all commands share."""
+"""Where a model is, and in which numbers: the options `--device` and `--dtype`."""
 
 import argparse
 
 import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, for commands that only read a model; `DTYPES` has the values."""
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32",
+        help="of the weights (float32); the others take half the memory, and float16 at most 3,115 tokens",
+    )  # fmt: skip
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

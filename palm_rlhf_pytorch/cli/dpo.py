@@ -18,6 +18,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.reward import add_reading_arguments, read
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.objectives.direct import (
@@ -40,7 +41,7 @@ from palm_rlhf_pytorch.text.chats import ChatTokenizer
 from palm_rlhf_pytorch.text.datasets import split_by_group
 from palm_rlhf_pytorch.text.records import Label, Pair, Ranking, Vote
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
-from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer, tokenizer_path
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 
@@ -161,23 +162,34 @@ def run(args: argparse.Namespace) -> int:
     say(f"{len(train):,} records to learn from, {len(held_out):,} held out; {trainer.cuts}")
     begin = {"num_epochs": args.epochs, "resume": "auto" if resume else None}
     trainer.check_call(**begin)
-    if trainer.accelerator.is_main_process:
-        save_config(args, args.run_dir / CONFIG)
-        save_tokenizer(tokenizer, out)
-    before = trainer.evaluate() if held_out else {}
+    return _learn(args, trainer, tokenizer, begin, with_held_out=bool(held_out))
+
+
+def _learn(
+    args: argparse.Namespace, trainer: DirectTrainer, tokenizer: Tokenizer, begin: dict[str, Any], *,
+    with_held_out: bool,
+) -> int:  # fmt: skip
+    """Train as `begin` says, and save; the command's exit code."""
+    out, say = args.run_dir / IMPROVED, trainer.accelerator.print
+    files = {"metrics": [args.run_dir / "metrics.jsonl"], "others": [args.run_dir / CONFIG, tokenizer_path(out)]}
+    before = trainer.evaluate() if with_held_out else {}
     try:
-        trainer.train(**begin, preflight=not hasattr(args, "no_preflight"))
+        with left_as_found(trainer.accelerator, **files):
+            if trainer.accelerator.is_main_process:
+                save_config(args, args.run_dir / CONFIG)
+                save_tokenizer(tokenizer, out)
+            trainer.train(**begin, preflight=not hasattr(args, "no_preflight"))
     except PreflightError as error:  # a list, which one line would make unreadable
         print(f"palm-rlhf dpo: error: {error}", file=sys.stderr)
         return 2
     if trainer.stopped is not None:
         say(f"stopped by {trainer.stopped}, saved in {args.run_dir}; the same command with --resume goes on from there")
         return 0
-    after = trainer.evaluate() if held_out else {}
+    after = trainer.evaluate() if with_held_out else {}
     improved = trainer.export_palm()
     if trainer.accelerator.is_main_process:
         improved.save(out)
-        if held_out:
+        if with_held_out:
             say(changes(before, after))
         say(f"saved {out}, metrics in {args.run_dir / 'metrics.jsonl'}")
     return 0

@@ -13,6 +13,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     add_bad_record_argument,
     add_learning_arguments,
     begin,
+    beginning,
     finish,
     loop_of,
     say_bad,
@@ -46,7 +47,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="the model to begin from: a file, a folder, or a name on the Hugging Face Hub",
     )  # fmt: skip
     add_tokenizer_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("finetuned.pt"), help="the model; its metrics go beside it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("finetuned.pt"), metavar="FILE", help="the model; its metrics go beside it"
+    )
     text = parser.add_argument_group("dialogues")
     text.add_argument("--length", type=int, default=1024, metavar="N", help="tokens of a row; longer dialogues are cut")
     text.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a batch, in each process")
@@ -98,14 +101,15 @@ def run(args: argparse.Namespace) -> int:
         samples = samples_of(
             held_out or train, tokenizer, count=args.samples, length=args.length, max_new_tokens=args.sample_tokens
         )
-    loop = loop_of(args, accelerator, samples)
-    if accelerator.is_main_process:
-        save_config(args, config_beside(args.out))
-    with tracked(args, accelerator, args.out):
-        found = finetune(
-            palm, packed, tokenizer, held_out=held or (), length=args.length, batch_size=args.batch_size,
-            epochs=args.epochs, lora_r=getattr(args, "lora_r", None), seed=args.seed, loop=loop,
-        )  # fmt: skip
+    with beginning(args, accelerator):
+        loop = loop_of(args, accelerator, samples)
+        if accelerator.is_main_process:
+            save_config(args, config_beside(args.out))
+        with tracked(args, accelerator, args.out):
+            found = finetune(
+                palm, packed, tokenizer, held_out=held or (), length=args.length, batch_size=args.batch_size,
+                epochs=args.epochs, lora_r=getattr(args, "lora_r", None), seed=args.seed, loop=loop,
+            )  # fmt: skip
     return finish(args, accelerator, palm, tokenizer, found)
 
 

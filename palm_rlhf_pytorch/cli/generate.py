@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.device import DTYPES, add_device_argument, add_dtype_argument, device_of
 from palm_rlhf_pytorch.cli.models import (
     PROMPTS,
     add_chat_argument,
@@ -51,6 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_sampling_arguments(parser, temperature=1.0, max_new_tokens=256)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
     add_device_argument(parser)
+    add_dtype_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -101,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--num-samples {args.num_samples}: must be at least 1")
     prompts = _prompts(args)
     device = device_of(args)
-    palm, tokenizer = load_model(args.palm, device, tokenizer=tokenizer_name(args), ends=False)
+    palm, tokenizer = load_model(
+        args.palm, device, tokenizer=tokenizer_name(args), ends=False, dtype=DTYPES[args.dtype]
+    )
     options = {
         "tokenizer": tokenizer, "stop": stops_of(args), "generator": torch.Generator(device).manual_seed(args.seed),
         **sampling_of(args),

@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.cli import (
     demo,
     dpo,
     evaluate,
+    feedback,
     finetune,
     generate,
     grpo,
@@ -43,9 +44,14 @@ COMMANDS = (
     plot,
     inspect,
     convert,
+    feedback,
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 CUT_OFF = 141  # 128 + SIGPIPE
+ORIGIN = (
+    "The name palm-rlhf-pytorch on PyPI belongs to the original project, another program: install this one from its"
+    " repository."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on.
+        Exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads on. A run that a signal stops
+        saves first, and gives 0: it can be gone on with.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
@@ -82,10 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="palm-rlhf",
         description="RLHF on a PaLM language model: train or take a model, train a judge, improve the model by it.",
-        epilog=(
-            "`palm-rlhf COMMAND --help` tells more. Begin with `palm-rlhf demo`. The name palm-rlhf-pytorch on PyPI"
-            " belongs to the original project: install this package from its repository."
-        ),
+        epilog=f"`palm-rlhf COMMAND --help` tells more. Begin with `palm-rlhf demo`. {ORIGIN}",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:

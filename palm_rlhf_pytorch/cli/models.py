@@ -53,8 +53,9 @@ def tokenizer_name(args: argparse.Namespace) -> str | None:
 
 
 def load_model(
-    path_or_name: str | Path, device: torch.device | str = "cpu", *, tokenizer: str | None = None, ends: bool = True
-) -> tuple[PaLM, Tokenizer]:
+    path_or_name: str | Path, device: torch.device | str = "cpu", *, tokenizer: str | None = None, ends: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PaLM, Tokenizer]:  # fmt: skip
     """A model and its tokenizer.
 
     Args:
@@ -62,12 +63,13 @@ def load_model(
         device: where the model goes.
         tokenizer: of the model, as `load_tokenizer` takes it; None takes the one saved with it.
         ends: refuse a tokenizer without an eos_token, with which no response ends and no text is ended.
+        dtype: of the weights; training keeps float32.
 
     Raises:
         FileNotFoundError: if there is no such model or tokenizer.
         ValueError: if it is none, or model and tokenizer do not fit.
     """
-    palm = PaLM.from_pretrained(path_or_name, dtype=torch.float32)
+    palm = PaLM.from_pretrained(path_or_name, dtype=dtype)
     found = _tokenizer_of(path_or_name, palm.num_tokens, tokenizer)
     if ends:
         _check_ends(found, tokenizer or f"saved with {path_or_name}")
@@ -129,9 +131,9 @@ def prompt_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer) -> Tokenize
 
 
 def _tokenizer_of(path_or_name: str | Path, num_tokens: int, tokenizer: str | None) -> Tokenizer:
-    name = str(path_or_name)
-    if tokenizer is None and Path(path_or_name).exists():
-        return tokenizer_of(path_or_name, num_tokens=num_tokens)
+    name, path = str(path_or_name), Path(path_or_name).expanduser()
+    if tokenizer is None and path.exists():
+        return tokenizer_of(path, num_tokens=num_tokens)
     if tokenizer is None:  # on the Hub: the tokenizer in the model's repository, or the one it is known to have
         tokenizer = PUBLISHED[name].tokenizer if name in PUBLISHED else name
     found = load_tokenizer(tokenizer)

@@ -13,6 +13,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     add_bad_record_argument,
     add_learning_arguments,
     begin,
+    beginning,
     finish,
     loop_of,
     metrics_path,
@@ -51,7 +52,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="text file, or folder of text files")
-    parser.add_argument("--out", type=Path, default=Path("palm.pt"), help="the model; what belongs to it goes beside")
+    parser.add_argument(
+        "--out", type=Path, default=Path("palm.pt"), metavar="FILE", help="the model; what belongs to it goes beside"
+    )
     _add_text_arguments(parser)
     model = parser.add_argument_group("the model")
     model.add_argument(
@@ -120,14 +123,15 @@ def run(args: argparse.Namespace) -> int:
     before = judged.evaluate(TextLoss(palm), accelerator=accelerator)["eval/bits_per_byte"]
     accelerator.print(f"held-out bits per byte before: {before:.3f}")
     prompts = _prompts(held_out, args.samples)
-    loop = loop_of(args, accelerator, Samples(prompts, tokenizer, end_token=tokenizer.eos_token))
-    if accelerator.is_main_process:
-        save_config(args, config_beside(args.out))
-    with tracked(args, accelerator, args.out):
-        found = pretrain(
-            palm, train, tokenizer, num_steps=args.steps, held_out=held_out, length=args.length,
-            batch_size=args.batch_size, documents=documents, seed=args.seed, loop=loop,
-        )  # fmt: skip
+    with beginning(args, accelerator):
+        loop = loop_of(args, accelerator, Samples(prompts, tokenizer, end_token=tokenizer.eos_token))
+        if accelerator.is_main_process:
+            save_config(args, config_beside(args.out))
+        with tracked(args, accelerator, args.out):
+            found = pretrain(
+                palm, train, tokenizer, num_steps=args.steps, held_out=held_out, length=args.length,
+                batch_size=args.batch_size, documents=documents, seed=args.seed, loop=loop,
+            )  # fmt: skip
     return finish(args, accelerator, palm, tokenizer, found)
 
 

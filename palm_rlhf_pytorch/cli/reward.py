@@ -22,6 +22,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.pretrain import metrics_path
 from palm_rlhf_pytorch.cli.reward_ask import ON_BAD_RECORD, add_ask_options
 from palm_rlhf_pytorch.cli.trackers import accelerator_of, add_tracker_arguments, tracked
@@ -155,8 +156,6 @@ def run(args: argparse.Namespace) -> int:
     with Ranks(accelerator).together():  # all look before one of them writes
         folders = _folders(args)
     labels = read(args)
-    if accelerator.is_main_process:
-        save_config(args, config_beside(args.out))
     say(labels.summary())
     train, held_out = split_by_group(labels.records, held_out=args.held_out, seed=args.seed)
     weights = annotator_weights(train) if args.weigh_annotators else None
@@ -164,15 +163,19 @@ def run(args: argparse.Namespace) -> int:
     say(f"{len(train):,} labels to learn from, {len(held_out):,} held out, whole groups of them")
     judge = _new_judge(palm.to(accelerator.device), args)
     members = judge.models if isinstance(judge, RewardEnsemble) else [judge]
-    for number, (member, folder) in enumerate(zip(members, folders, strict=True)):
-        own = train if len(members) == 1 else bootstrap(train, seed=args.seed + number)
-        name = args.out.with_stem(args.out.stem if len(members) == 1 else f"{args.out.stem}.{number}")
-        with tracked(args, accelerator, name):
-            found = _train(member, own, held_out, args, prompt_tokenizer(args, tokenizer), folder, number, accelerator)
-        if found.stopped is not None:
-            say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
-            return 0
-        say(_told(found, number if len(members) > 1 else None))
+    names = _names(args)
+    with left_as_found(accelerator, [metrics_path(name) for name in names], [config_beside(args.out)]):
+        if accelerator.is_main_process:
+            save_config(args, config_beside(args.out))
+        for number, (member, folder, name) in enumerate(zip(members, folders, names, strict=True)):
+            own = train if len(members) == 1 else bootstrap(train, seed=args.seed + number)
+            asking = prompt_tokenizer(args, tokenizer)
+            with tracked(args, accelerator, name):
+                found = _train(member, own, held_out, args, asking, folder, number, accelerator)
+            if found.stopped is not None:
+                say(f"stopped by {found.stopped}, with all state saved: the same command with --resume goes on")
+                return 0
+            say(_told(found, number if len(members) > 1 else None))
     if accelerator.is_main_process:
         save_tokenizer(tokenizer, args.out)
         _finish(judge, found, labels, args, folders)
@@ -223,6 +226,13 @@ def _folders(args: argparse.Namespace) -> list[Path]:
     return folders
 
 
+def _names(args: argparse.Namespace) -> list[Path]:
+    """What the files of each member are called after: --out, with a number where there are several."""
+    if args.members == 1:
+        return [args.out]
+    return [args.out.with_stem(f"{args.out.stem}.{number}") for number in range(args.members)]
+
+
 def _new_judge(palm: PaLM, args: argparse.Namespace) -> Judge:
     settings = {
         "num_binned_output": args.bins, "label_offset": args.label_offset, "lora_r": args.lora_r,
@@ -239,9 +249,7 @@ def _train(
     tokenizer: Tokenizer | ChatTokenizer, folder: Path, number: int, accelerator: Accelerator,
 ) -> RewardTraining:  # fmt: skip
     """Train one member; its metrics go beside the model."""
-    resume, path = hasattr(args, "resume"), metrics_path(args.out)
-    if args.members > 1:
-        path = path.with_name(f"{args.out.stem}.{number}.metrics.jsonl")
+    resume, path = hasattr(args, "resume"), metrics_path(_names(args)[number])
     if not resume and accelerator.is_main_process:
         path.unlink(missing_ok=True)  # of an earlier run that wrote the same model
     return train_reward_model(

@@ -23,6 +23,7 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments, tracking_of
 from palm_rlhf_pytorch.policy.grpo import GRPOTrainer
 from palm_rlhf_pytorch.policy.ppo import RLHFTrainer
@@ -32,7 +33,7 @@ from palm_rlhf_pytorch.policy.watch import WatchSettings
 from palm_rlhf_pytorch.text.chats import ChatTokenizer
 from palm_rlhf_pytorch.text.datasets import read_texts
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
-from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
+from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer, tokenizer_path
 from palm_rlhf_pytorch.training.atomic import check_target
 from palm_rlhf_pytorch.training.metrics import read_metrics
 
@@ -183,14 +184,17 @@ def run_trainer(args: argparse.Namespace, trainer: RLHFTrainer | GRPOTrainer) ->
         ValueError: if training had to stop: scores or gradients were not finite.
     """
     out, say = args.run_dir / IMPROVED, trainer.accelerator.print
-    if trainer.accelerator.is_main_process:
-        save_config(args, args.run_dir / CONFIG)
-        save_tokenizer(model_tokenizer(trainer), out)
+    files = {"metrics": [args.run_dir / METRICS], "others": [args.run_dir / CONFIG, tokenizer_path(out)]}
     try:
-        trainer.train(
-            args.episodes, update_timesteps=args.update_timesteps, resume="auto" if hasattr(args, "resume") else None,
-            preflight=not hasattr(args, "no_preflight"), **sampling_of(args, trainer),
-        )  # fmt: skip
+        with left_as_found(trainer.accelerator, **files):
+            if trainer.accelerator.is_main_process:
+                save_config(args, args.run_dir / CONFIG)
+                save_tokenizer(model_tokenizer(trainer), out)
+            resume = "auto" if hasattr(args, "resume") else None
+            trainer.train(
+                args.episodes, update_timesteps=args.update_timesteps, resume=resume,
+                preflight=not hasattr(args, "no_preflight"), **sampling_of(args, trainer),
+            )  # fmt: skip
     except PreflightError as error:  # a list, which one line would make unreadable
         print(f"palm-rlhf {args.command}: error: {error}", file=sys.stderr)
         return 2

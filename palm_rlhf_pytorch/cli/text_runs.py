@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from palm_rlhf_pytorch.cli.config import config_beside
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.generate import printable
+from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.trackers import accelerator_of as tracked_accelerator_of
 from palm_rlhf_pytorch.cli.trackers import add_tracker_arguments
 from palm_rlhf_pytorch.palm.text_training import Samples, TextLoop, TextTraining
@@ -27,6 +30,8 @@ from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.saves import clear, strangers
 
 PRECISIONS = ("float32", "bf16")
+# options that count something; checked before files of an earlier run are removed
+COUNTS = ("accumulate", "sample_tokens", "save_every", "batch_size", "eval_every", "patience", "epochs", "lora_r")
 
 
 def add_learning_arguments(parser: argparse.ArgumentParser, *, lr: float, lr_meaning: str) -> None:
@@ -71,11 +76,15 @@ def accelerator_of(args: argparse.Namespace) -> Accelerator:
     device = device_of(args)
     if not args.lr > 0:
         raise ValueError(f"--lr {args.lr} must be above 0")
-    for name in ("accumulate", "sample_tokens", "save_every", "batch_size"):
-        if getattr(args, name) < 1:
+    for name in COUNTS:
+        if getattr(args, name, 1) < 1:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: {name} ({getattr(args, name)}) must be at least 1"
             )
+    if getattr(args, "warmup_steps", 0) < 0:
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: must be at least 0")
+    if hasattr(args, "patience") and args.held_out == 0 and not hasattr(args, "validation"):
+        raise ValueError(f"--patience {args.patience} counts evaluations, and --held-out 0 leaves nothing to judge by")
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples}: must be at least 0")
     if device.type == "cuda" and device.index is not None:
@@ -101,6 +110,7 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         ValueError: if a file cannot go where it should, or the folder holds something else, or a run that is not
             resumed.
     """
+    check_target(args.out)  # before a name beside it is made
     folder = args.out.with_name(f"{args.out.stem}.run")
     with Ranks(accelerator).together():
         for path in (args.out, tokenizer_path(args.out), samples_path(args.out)):
@@ -115,6 +125,13 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         if Checkpoints(folder).steps() and not hasattr(args, "resume"):
             raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
     return folder
+
+
+def beginning(args: argparse.Namespace, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """A block that begins to learn: where it is refused, what an earlier run wrote beside --out stays."""
+    return left_as_found(
+        accelerator, metrics=[metrics_path(args.out)], others=[samples_path(args.out), config_beside(args.out)]
+    )
 
 
 def loop_of(args: argparse.Namespace, accelerator: Accelerator, samples: Samples) -> TextLoop:

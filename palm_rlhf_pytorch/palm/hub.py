@@ -244,10 +244,13 @@ def locate(
     token: str | bool | None = None, local_files_only: bool = False, force_download: bool = False,
 ) -> Found:  # fmt: skip
     """The files of a model: on the disk if they are there, else from the Hub; see `HubModel.from_pretrained`."""
-    path = Path(name_or_path).expanduser()
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if not name:  # an unset variable of a shell; as a path it would be the folder one is in
+        raise FileNotFoundError(
+            "the model's name is empty: give a file, a folder, or a repository on the Hub (owner/name)"
+        )
     if path.exists():
         return on_disk(path)
-    name = str(name_or_path)
     if not REPOSITORY.fullmatch(name) or path.suffix in SUFFIXES:
         raise FileNotFoundError(f"{name}: no such file or folder, and no repository's name on the Hub (owner/name)")
     wanted = {"revision": revision, "cache_dir": cache_dir, "token": token}
@@ -291,9 +294,7 @@ def _download(name: str, wanted: Mapping[str, Any], *, force: bool) -> Found:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-    unreachable = (
-        HfHubHTTPError.__bases__
-    )  # what its HTTP client raises, whichever that is in this version, and OSError
+    # what its HTTP client raises, whichever that is in this version, and OSError
     unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     try:
         api = HfApi(token=wanted["token"])  # list_repo_files would try for half a minute where there is no network

@@ -46,7 +46,7 @@ class TextLoss(nn.Module):
         self, seq: Tensor, mask: Tensor | None = None, begins: Tensor | None = None, targets: Tensor | None = None,
         weight: float = 1.0,
     ) -> Tensor:  # fmt: skip
-        """Mean cross entropy (nats) of the targets, times weight.
+        """Mean cross entropy (nats) of the targets, times weight; the model's cross_entropy_ignore_index is not heeded.
 
         Args:
             seq: ids, (b, n).
@@ -56,6 +56,8 @@ class TextLoss(nn.Module):
             weight: factor of the loss.
         """
         documents = None if begins is None else begins.cumsum(dim=-1)
+        if targets is None and self.palm.ignores_targets:  # the published PaLMs' is their tokenizer's EOS
+            targets = torch.ones_like(seq, dtype=torch.bool)
         loss: Tensor = self.palm(
             seq, return_loss=True, mask=mask, documents=documents, loss_mask=targets, finetune_scope=self.scope
         )

@@ -71,7 +71,8 @@ class PaLM(PaLMFiles, nn.Module):
             rotary_xpos_scale_base: tokens over which the fastest pair decays by 3.5; 512 in xPos; None for no decay.
             flash_attn: taken for the sake of those who know it; torch's fused attention kernels are used either way.
             finetune_scopes: names of scopes to add, or one name.
-            cross_entropy_ignore_index: a target id that the loss skips; -100 skips none, since ids are not negative.
+            cross_entropy_ignore_index: a target id that the loss skips where no loss_mask says what counts; -100 skips
+                none, since ids are not negative.
 
         Raises:
             TypeError: if an argument is of another type.
@@ -117,7 +118,8 @@ class PaLM(PaLMFiles, nn.Module):
             extra_embed: added to the token embeddings, broadcast to (b, n, d).
             documents: an integer for each token, (b, n); neighbours of one number are a document, which is read as if
                 it stood alone in its row: tokens see no other, and none is predicted from another's.
-            loss_mask: True on tokens that are targets of the loss, (b, n), as a response's are; None for all.
+            loss_mask: True on tokens that are targets of the loss, (b, n), as a response's are, whatever their ids;
+                None for all but cross_entropy_ignore_index.
 
         Returns:
             Logits (b, n, v), or a scalar loss, 0 where nothing is left to predict.
@@ -133,7 +135,7 @@ class PaLM(PaLMFiles, nn.Module):
         if not return_loss:
             return self.to_logits(hidden)
         mask = target_mask(mask, None if documents is None else document_starts(documents), loss_mask)
-        ignored = None if self.cross_entropy_ignore_index < 0 else self.cross_entropy_ignore_index  # ids are not
+        ignored = None if loss_mask is not None or not self.ignores_targets else self.cross_entropy_ignore_index
         return chunked_next_token_loss(hidden, self.token_emb.weight, seq, mask=mask, ignore_index=ignored).loss
 
     def embed(
@@ -193,6 +195,11 @@ class PaLM(PaLMFiles, nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.token_emb.weight.device
+
+    @property
+    def ignores_targets(self) -> bool:
+        """Whether there is an id that the loss skips."""
+        return self.cross_entropy_ignore_index >= 0
 
     @property
     def max_length(self) -> int | float:

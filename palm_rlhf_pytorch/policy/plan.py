@@ -20,9 +20,9 @@ ROW_BYTES, FILES_BYTES = RECORD_START + MARKER.size + 4, FILE_START + SCORES_HEA
 class Plan(NamedTuple):
     """What a run will take, in each process.
 
-    phases: "models" (weights, adapters and the optimizer's moments; no time), "generate", "observe" (old and reference
-        log-probabilities, values), "score" (by both judges, if there are two) and "learn" (its bytes hold the
-        gradients too; its time that of reading old responses anew, if such are learnt from).
+    phases: "models" (weights, adapters and the moments of AdamW, whatever `optimizer=` makes; no time), "generate",
+        "observe" (old and reference log-probabilities, values), "score" (by both judges, if there are two) and "learn"
+        (its bytes hold the gradients too; its time that of reading old responses anew, if such are learnt from).
     updates: of the run. seconds_per_update: of a whole one, on average; seconds: of the run.
     peak_bytes: most memory: of the whole process on a CPU, of tensors on a CUDA device.
     device_bytes: what the device has for this process; 0 where that cannot be asked.

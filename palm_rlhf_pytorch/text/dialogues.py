@@ -135,6 +135,20 @@ def split_text(text: str, *, field: str) -> tuple[str, str] | None:
     return text[: last.end()], text[last.end() :]
 
 
+def split_dialogue(text: str) -> list[Turn]:
+    """Turns of a dialogue in plain text, without the space around them; none if the text is no dialogue.
+
+    An empty last turn, which asks the assistant to speak, is left out.
+    """
+    if _BEGINNING.match(text) is None:
+        return []
+    marks = list(_MARK.finditer(text))
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    roles = {mark.strip(" \n:"): role for role, mark in MARKS.items()}
+    turns = [Turn(roles[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
+    return turns if turns[-1].content else turns[:-1]
+
+
 def open_prompt(prompt: str, *, field: str) -> str:
     r"""A prompt in plain text made to end with "\n\nAssistant:"; one without marks is a single turn of the user.
 

@@ -21,6 +21,7 @@ from palm_rlhf_pytorch.text.tokenizer import Tokenizer, row_of_ids, utf8
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
+TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
 HINT = 'install the extra: pip install "palm-rlhf-pytorch[hf]" from the repository'
 
 
@@ -217,11 +218,28 @@ def tokenizer_from_hub(name: str) -> HFTokenizer:
     except ImportError as error:
         raise ImportError(f"the tokenizer {name} needs transformers; {HINT}") from error
     try:
-        found: Any = AutoTokenizer.from_pretrained(name)
+        offline = not Path(name).is_dir() and not _answers(name)
+        found: Any = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"no tokenizer {name} could be loaded: {reason}") from error
     return HFTokenizer(found)
+
+
+def _answers(name: str) -> bool:
+    """Whether the Hub can be reached: without it transformers would try for minutes before it looks in its cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # what its HTTP client raises; ValueError if it is no repository's name
+    unreachable = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))
+    try:
+        HfApi().model_info(name, timeout=TIMEOUT)
+    except HfHubHTTPError:  # a refusal, which transformers words
+        return True
+    except unreachable:
+        return False
+    return True
 
 
 def _copied(backend: Any, *, specials: bool) -> Any:

@@ -48,6 +48,8 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
         TypeError: if one is no str.
         ValueError: if one is empty: every text holds it.
     """
+    if not isinstance(stop, str | Sequence):
+        raise TypeError(f"stop is of type {type(stop).__name__}; give text, or a list of texts")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for index, given in enumerate(stops):
         if not isinstance(given, str):

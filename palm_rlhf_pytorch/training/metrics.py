@@ -202,7 +202,11 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     if not path.exists():
         raise FileNotFoundError(f"no metrics file at {path}")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); is it a metrics file?") from error
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:

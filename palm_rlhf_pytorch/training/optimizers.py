@@ -53,14 +53,22 @@ def muon(groups: Groups, *, momentum: float = 0.95, ns_steps: int = 5, no_maps: 
     """Muon for matrices between layers, AdamW for all else, at the learning rates and decays of the groups.
 
     Muon's steps are scaled to the size of AdamW's (its factor 0.2 sqrt(max(rows, columns))), so that a learning rate
-    that suits AdamW suits both. Not for sharded parameters: a step needs whole matrices.
+    that suits AdamW suits both. Not for sharded parameters (FSDP): a step needs whole matrices.
 
     Args:
         groups: what `parameter_groups` gives.
         momentum: of Muon; 0.95 in its authors' code.
         ns_steps: Newton-Schulz iterations of a step; 5 as there.
         no_maps: parts of the names of matrices that AdamW keeps.
+
+    Raises:
+        ValueError: if parameters are sharded.
     """
+    if any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"]):  # a DTensor's
+        raise ValueError(
+            "optimizer (muon) needs whole matrices, and FSDP gives each process a share of them: train in plain"
+            " processes (DDP), or leave optimizer out for AdamW"
+        )
     split: dict[bool, Groups] = {True: [], False: []}
     for group in groups:
         names = group.get("param_names", [""] * len(group["params"]))

@@ -9,5 +9,6 @@ environment of its own, palm-rlhf-pytorch 0.8.0, whose interpreter --upstream-py
     machine.py    what machine this is, its ceilings              counts.py   bytes and flops of a step, by hand
     models.py     the models compared, and the gate before timing
     upstream.py   the other process; upstream_worker.py runs in it
+    feedback.py   the feedback app under many people, by itself: python -m tests.benchmarks.feedback
     decode.py, decode_cases.py, train.py, logprobs.py, ppo.py, memory.py     what is measured
 """

@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import shtab
 import yaml
 
 from palm_rlhf_pytorch.cli import main as entry
@@ -36,6 +37,16 @@ def test_file_gives_defaults_and_the_command_line_stands_above_it(tmp_path):
     assert parsed(tmp_path, text) == {**expected, "config": None}
     found = parsed(tmp_path, text, "c", "--actor-lr", "5", "--steps", "2")
     assert (found["texts"], found["actor_lr"], found["steps"], found["palm"]) == (["c"], 5.0, 2, "p.pt")
+
+
+@pytest.mark.parametrize("flag", ["--config", "--conf"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_file_is_read_however_the_parser_takes_the_flag(tmp_path, flag, joined):
+    path = tmp_path / "run.yaml"
+    path.write_text("palm: p.pt\nsteps: 7\n")
+    parser, argv = parser_of(), ["a", *([f"{flag}={path}"] if joined else [flag, str(path)])]
+    take_config(parser, argv, command="fit")
+    assert parser.parse_args(argv).steps == 7
 
 
 @pytest.mark.parametrize(
@@ -99,3 +110,16 @@ def test_completion_knows_each_command(shell, capsys):
     assert stop.value.code == 0
     script = capsys.readouterr().out
     assert all(name in script for name in ("pretrain", "evaluate", "max-new-tokens"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("plot", "runs"), ("finetune", "dialogues"), ("reward", "data"), ("pretrain", "out"), ("dpo", "tokenizer")],
+)
+def test_completion_offers_files_where_files_are_taken(command, option, capsys):
+    parser = entry.build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--print-completion", "bash"])
+    (action,) = (action for action in commands.choices[command]._actions if action.dest == option)
+    assert action.complete == shtab.FILE

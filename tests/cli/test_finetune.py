@@ -58,13 +58,17 @@ def test_finetune_learns_saves_and_counts(model, dialogues, tmp_path, capsys, mo
         (["--on-bad-record", "skip", "--length", "9"], "none of"),
         (["--on-bad-record", "skip", "--epochs", "0"], "epochs (0)"),
         (["--on-bad-record", "skip", "--lora-r", "0"], "r (0)"),
-        (["--on-bad-record", "skip", "--held-out", "0", "--patience", "1"], "hold text out"),
+        (["--on-bad-record", "skip", "--held-out", "0", "--patience", "1"], "leaves nothing to judge by"),
+        (["--on-bad-record", "skip", "--eval-every", "0"], "eval_every (0)"),
         (["--palm", "none.pt"], "none.pt"),
     ],
 )
 def test_finetune_refuses_what_cannot_be(model, dialogues, tmp_path, capsys, options, message):
     out = tmp_path / "tuned.pt"
     argv = ["finetune", dialogues, "--palm", model, "--out", str(out), "--device", "cpu", *options]
+    earlier = tmp_path / "tuned.metrics.jsonl"
+    earlier.write_text("of another run")
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert "palm-rlhf finetune: error: " in error and message in error and not out.exists()
+    assert earlier.read_text() == "of another run"

@@ -107,3 +107,16 @@ def test_generate_refuses_a_missing_file_and_another_vocabulary(tmp_path, capsys
     PaLM(num_tokens=31, dim=8, depth=1, heads=1, dim_head=4).save(tmp_path / "small.pt")
     assert main(["generate", str(tmp_path / "small.pt"), "a"]) == 2
     assert "num_tokens=31" in capsys.readouterr().err
+
+
+def test_a_model_is_read_in_the_dtype_that_is_asked_for(checkpoint, monkeypatch):
+    seen = []
+
+    def told(self, *args, **kwargs):
+        seen.append(next(self.parameters()).dtype)
+        return [""]
+
+    monkeypatch.setattr("palm_rlhf_pytorch.palm.transformer.PaLM.generate_text", told)
+    for options in ([], ["--dtype", "bfloat16"]):
+        assert main(["generate", checkpoint, "a", *options]) == 0
+    assert seen == [torch.float32, torch.bfloat16]

@@ -31,6 +31,13 @@ def test_each_command_has_help(command, capsys):
     assert f"palm-rlhf {command}" in capsys.readouterr().out
 
 
+def test_help_says_whose_the_name_on_pypi_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        entry.main(["--help"])
+    assert stop.value.code == 0
+    assert "PyPI belongs to the original project" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("argv", [[], ["unknown"], ["generate"]])
 def test_wrong_usage_exits_with_two(argv, capsys):
     with pytest.raises(SystemExit) as stop:

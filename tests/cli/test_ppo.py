@@ -86,6 +86,10 @@ def test_a_stopped_run_goes_on_to_the_end_of_one_that_never_stopped(
     assert len(read_metrics(models / "run" / "metrics.jsonl")) == 1
     assert not (models / "run" / "improved_palm.pt").exists()
     monkeypatch.undo()
+    kept = (models / "run" / "config.yaml").read_bytes()
+    assert main(["ppo", *arguments(models, "--no-preflight", "--resume", "--seed", "9")]) == 2
+    assert "seed (9) is not the run's" in capsys.readouterr().err
+    assert (models / "run" / "config.yaml").read_bytes() == kept
     assert main(["ppo", *arguments(models, "--no-preflight", "--resume")]) == 0
     assert main(["ppo", *arguments(models, "--no-preflight", "--resume", run="whole")]) == 0  # begins: nothing is there
     assert without_times(models / "run" / "metrics.jsonl") == without_times(models / "whole" / "metrics.jsonl")

@@ -36,6 +36,27 @@ def test_bits_per_byte_are_those_of_the_responses_alone():
     assert found["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / 3, abs=1e-5)
 
 
+class Marked(ByteTokenizer):
+    """Bytes whose EOS and BOS are id 0, as those of the published PaLMs' tokenizer are."""
+
+    bos_token = eos_token = 0
+
+
+def test_a_model_whose_loss_skips_the_end_token_learns_to_end():
+    palm = new_palm(cross_entropy_ignore_index=0)
+    packed = pack_dialogues(RECORDS, Marked(), length=40)
+    loop = TextLoop(lr=3e-2, progress=False)
+    finetune(palm, packed, Marked(), batch_size=3, epochs=10, loop=loop)
+    prompt = Marked().encode(RECORDS[1].plain.prompt + "yes")
+    assert palm.eval()(prompt[None])[0, -1].softmax(-1)[0] > 0.5
+    kept = palm.config | {"cross_entropy_ignore_index": -100}
+    other = PaLM(**kept)
+    other.load_state_dict(palm.state_dict())
+    batch = {"seq": torch.tensor([[0, 65, 66, 0, 0, 67]]), "begins": torch.tensor([[1, 0, 0, 0, 1, 0]]).bool()}
+    with torch.no_grad():
+        assert float(TextLoss(palm)(**batch)) == float(TextLoss(other.eval())(**batch))
+
+
 @pytest.mark.parametrize("accumulate", [1, 7])
 def test_a_step_over_all_dialogues_is_the_mean_over_all_tokens_however_packed(accumulate):
     examples = [example_of(record, TOKENIZER) for record in RECORDS]

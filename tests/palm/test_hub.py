@@ -160,6 +160,8 @@ def test_no_choice_among_several_or_none():
 @pytest.mark.parametrize("name", ["missing.pt", "runs/missing.pt", "./runs/missing", "/runs/missing", "one"])
 def test_what_is_no_repository_s_name_is_not_asked_for(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    with pytest.raises(FileNotFoundError, match="the model's name is empty"):
+        PaLM.from_pretrained("")
     with pytest.raises(FileNotFoundError, match="no such file or folder, and no repository's name"):
         PaLM.from_pretrained(name)
 

@@ -47,6 +47,9 @@ def test_loss_counts_token_zero_unless_told_otherwise(make_palm):
     logprobs = palm(ids).log_softmax(dim=-1)
     assert float(palm(ids, return_loss=True)) == pytest.approx(-float(logprobs[0, 1, 4]), abs=1e-5)
     assert float(palm(zeros, return_loss=True)) == 0.0
+    chosen = torch.tensor([[False, True, True, False, False]])  # says itself what counts
+    expected = -float(logprobs[0, 0, 0] + logprobs[0, 1, 4]) / 2
+    assert float(palm(ids, return_loss=True, loss_mask=chosen)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_training_learns_token_zero():

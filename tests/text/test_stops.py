@@ -48,3 +48,5 @@ def test_stop_strings_are_checked():
         check_stops(["a", ""])
     with pytest.raises(TypeError, match=r"stop\[0\] is of type int"):
         check_stops([3])
+    with pytest.raises(TypeError, match="stop is of type int"):
+        check_stops(3)

@@ -76,3 +76,22 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "palm.tokenizer.json").write_text(json.dumps({**saved, "special_tokens": None}))
     with pytest.raises(ValueError, match="damaged.*special_tokens"):
         tokenizer_of(tmp_path / "palm.pt", num_tokens=304)
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_without_a_network_the_cache_is_asked_at_once(tmp_path, monkeypatch, reachable):
+    asked = []
+
+    def model_info(self, name, **options):
+        if not reachable:
+            raise OSError("Name or service not known")
+
+    def from_pretrained(name, *, local_files_only):
+        asked.append((name, local_files_only))
+        raise OSError("\nnot in the cache\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="no tokenizer owner/name could be loaded: not in the cache$"):
+        load_tokenizer("owner/name")
+    assert asked == [("owner/name", not reachable)]

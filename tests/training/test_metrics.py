@@ -155,3 +155,10 @@ def test_running_mean_ignores_what_weighs_nothing() -> None:
     assert mean.compute() == {}
     mean.add({"train/loss": 4.0}, weight=2)
     assert mean.compute() == {"train/loss": 4.0}
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "palm.pt"
+    path.write_bytes(b"PK\x03\x04\x80\n")
+    with pytest.raises(ValueError, match=r"palm.pt is not UTF-8 \(at byte 4\)"):
+        read_metrics(path)

@@ -144,3 +144,10 @@ def test_what_is_no_optimizer_of_the_parameters_is_refused():
         new_optimizer(lambda groups: [], groups(), lr=0.01)
     with pytest.raises(ValueError, match="holds 4 parameters, not just the 5"):
         new_optimizer(lambda groups: SGD(groups[0]["params"] + groups[1]["params"][1:], lr=0.1), groups(), lr=0.01)
+
+
+def test_muon_refuses_what_is_no_whole_matrix():
+    shard = nn.Parameter(torch.ones(3, 2))
+    shard.full_tensor = lambda: shard  # as a DTensor has it
+    with pytest.raises(ValueError, match=r"optimizer \(muon\) needs whole matrices.*FSDP"):
+        muon([{"params": [shard], "param_names": ["inner.weight"], "lr": 0.1, "weight_decay": 0.0}])
