@@ -14,7 +14,7 @@ from palm_rlhf_pytorch.text import read_labels, split_by_group, tokenizer_of
 from palm_rlhf_pytorch.training import MetricsLog
 
 args = options(__doc__).parse_args()
-num_answers = 2 if args.quick else 40
+num_answers = 2 if args.quick else 120
 torch.manual_seed(0)
 palm = PaLM.from_checkpoint(args.out / "finetuned.pt").eval()
 tokenizer = tokenizer_of(args.out / "finetuned.pt", num_tokens=palm.num_tokens)
@@ -40,8 +40,8 @@ found = train_reward_model(
     tokenizer,
     eos_token=tokenizer.eos_token,
     held_out=held_out,
-    epochs=1 if args.quick else 4,
-    lr=2e-3,
+    epochs=1 if args.quick else 3,
+    lr=1e-3,
     metrics=MetricsLog(args.out / "reward.jsonl"),
     description="3 reward model",
 )

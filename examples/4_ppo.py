@@ -9,6 +9,7 @@ from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 from palm_rlhf_pytorch.policy import WatchSettings
 from palm_rlhf_pytorch.reward import each, text_judge
 from palm_rlhf_pytorch.text import save_tokenizer, tokenizer_of
+from palm_rlhf_pytorch.training import read_metrics
 
 parser = options(__doc__)
 parser.add_argument("--log-with", help="a tracker that gets the metrics too: tensorboard, wandb")
@@ -31,10 +32,11 @@ trainer = RLHFTrainer(
     run_dir=args.out / "ppo",
     log_with=args.log_with,
 )
-history = trainer.train(
+trainer.train(
     num_updates * 64, max_new_tokens=MAX_NEW_TOKENS, eos_token=tokenizer.eos_token, resume="auto"
 )  # with resume="auto" a run that was killed goes on
 
+history = read_metrics(args.out / "ppo" / "metrics.jsonl")
 trainer.export_palm().save(args.out / "improved_ppo.pt")
 save_tokenizer(tokenizer, args.out / "improved_ppo.pt")
 for name, meaning in (

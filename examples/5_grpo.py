@@ -9,6 +9,7 @@ from palm_rlhf_pytorch import GRPOTrainer, PaLM
 from palm_rlhf_pytorch.objectives import DAPO
 from palm_rlhf_pytorch.reward import each, text_judge
 from palm_rlhf_pytorch.text import save_tokenizer, tokenizer_of
+from palm_rlhf_pytorch.training import read_metrics
 
 args = options(__doc__).parse_args()
 num_updates = 2 if args.quick else 40
@@ -32,10 +33,11 @@ trainer = GRPOTrainer(
     minibatch_size=32,
     run_dir=args.out / "grpo",
 )
-history = trainer.train(
-    num_updates * 128, update_timesteps=128, max_new_tokens=MAX_NEW_TOKENS, eos_token=tokenizer.eos_token
+trainer.train(
+    num_updates * 128, update_timesteps=128, max_new_tokens=MAX_NEW_TOKENS, eos_token=tokenizer.eos_token, resume="auto"
 )
 
+history = read_metrics(args.out / "grpo" / "metrics.jsonl")
 trainer.export_palm().save(args.out / "improved_grpo.pt")
 save_tokenizer(tokenizer, args.out / "improved_grpo.pt")
 for name, meaning in (

@@ -21,12 +21,12 @@ trainer = DPOTrainer(
     pairs=train,
     held_out=held_out,
     tokenizer=tokenizer,
-    loss=partial(dpo_loss, beta=0.1),  # or ipo_loss, simpo_loss ... of objectives/direct.py
+    loss=partial(dpo_loss, beta=0.5),  # or ipo_loss, simpo_loss ... of objectives/direct.py
     lr=1e-3,
     minibatch_size=32,
     run_dir=args.out / "dpo",
 )
-metrics = trainer.train(num_epochs=1 if args.quick else 4)
+metrics = trainer.train(num_epochs=1 if args.quick else 2, resume="auto")
 
 trainer.export_palm().save(args.out / "improved_dpo.pt")
 save_tokenizer(tokenizer, args.out / "improved_dpo.pt")

@@ -38,8 +38,7 @@ best = best_of_n(
     partial(generate_responses, before), reward_model, ids, mask, num_samples=8,
     generator=torch.Generator().manual_seed(0), **sampling,
 )  # fmt: skip
-answers = [tokenizer.decode(row) for row in best.sequences]
-answers = [answer.removeprefix(prompt) for prompt, answer in zip(prompts, answers, strict=True)]
+answers = [tokenizer.decode(row[said]) for row, said in zip(best.sequences, best.mask & ~best.prompt_mask, strict=True)]
 print(f"\nbest of 8 by the reward model: right answers {share_right(prompts, answers):.2f}")
 
 after = PaLM.from_checkpoint(args.out / "improved_ppo.pt").eval()
