@@ -4,7 +4,7 @@ text -> a folder of token ids -> random windows -> next-token loss          give
 """
 
 import torch
-from counting import options
+from alphabet import options
 
 from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.palm import Samples, TextLoop, pretrain

@@ -1,4 +1,4 @@
-"""2. The language model learns to answer: dialogues in which a careless teacher counts.
+"""2. The language model learns to answer: dialogues in which a careless teacher tells the alphabet.
 
 dialogues.jsonl -> rows of several dialogues -> loss of what the assistant says     palm.pt gives finetuned.pt
 """
@@ -7,7 +7,7 @@ import json
 import random
 
 import torch
-from counting import MAX_NEW_TOKENS, asked, careless, options, questions, share_right
+from alphabet import MAX_NEW_TOKENS, asked, careless, options, questions, share_right
 
 from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.palm import TextLoop, finetune
@@ -15,7 +15,7 @@ from palm_rlhf_pytorch.text import read_demonstrations, save_tokenizer, tokenize
 from palm_rlhf_pytorch.training import MetricsLog
 
 args = options(__doc__).parse_args()
-num_dialogues, epochs = (60, 1) if args.quick else (8000, 3)
+num_dialogues, epochs = (60, 1) if args.quick else (6000, 3)
 palm = PaLM.from_checkpoint(args.out / "palm.pt")
 tokenizer = tokenizer_of(args.out / "palm.pt", num_tokens=palm.num_tokens)
 
@@ -33,7 +33,7 @@ found = finetune(
     dialogues[cut:],
     tokenizer,
     held_out=dialogues[:cut],
-    length=256,  # some five dialogues, of which each sees itself alone
+    length=256,  # some four dialogues, of which each sees itself alone
     batch_size=16,
     epochs=epochs,
     loop=TextLoop(lr=3e-3, metrics=MetricsLog(args.out / "finetune.jsonl"), description="2 finetune"),

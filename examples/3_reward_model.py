@@ -6,7 +6,7 @@ pairs of answers -> labels.jsonl -> loss of the choice          finetuned.pt giv
 import json
 
 import torch
-from counting import MAX_NEW_TOKENS, asked, options, questions, rule
+from alphabet import MAX_NEW_TOKENS, asked, options, questions, rule
 
 from palm_rlhf_pytorch import PaLM, RewardModel
 from palm_rlhf_pytorch.reward import train_reward_model
@@ -14,7 +14,7 @@ from palm_rlhf_pytorch.text import read_labels, split_by_group, tokenizer_of
 from palm_rlhf_pytorch.training import MetricsLog
 
 args = options(__doc__).parse_args()
-num_answers = 2 if args.quick else 24
+num_answers = 2 if args.quick else 40
 torch.manual_seed(0)
 palm = PaLM.from_checkpoint(args.out / "finetuned.pt").eval()
 tokenizer = tokenizer_of(args.out / "finetuned.pt", num_tokens=palm.num_tokens)
@@ -27,7 +27,7 @@ with path.open("w", encoding="utf-8") as file:
     for place in range(0, len(answers), 2):
         prompt = prompts[place // num_answers]
         worse, better = sorted(answers[place : place + 2], key=lambda answer: rule(prompt, answer))
-        if rule(prompt, worse) < rule(prompt, better) and worse:
+        if rule(prompt, worse) < rule(prompt, better) and worse.strip():
             file.write(json.dumps({"prompt": prompt, "chosen": better, "rejected": worse}) + "\n")
 
 labels = read_labels(path)
@@ -40,7 +40,7 @@ found = train_reward_model(
     tokenizer,
     eos_token=tokenizer.eos_token,
     held_out=held_out,
-    epochs=1 if args.quick else 5,
+    epochs=1 if args.quick else 4,
     lr=2e-3,
     metrics=MetricsLog(args.out / "reward.jsonl"),
     description="3 reward model",

@@ -3,7 +3,7 @@
 questions -> answers -> scores -> clipped steps                 gives improved_ppo.pt, and a run in ppo/
 """
 
-from counting import MAX_NEW_TOKENS, asked, options, questions, rule
+from alphabet import MAX_NEW_TOKENS, asked, options, questions, rule
 
 from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 from palm_rlhf_pytorch.policy import WatchSettings

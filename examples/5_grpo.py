@@ -3,7 +3,7 @@
 questions -> eight answers to each -> the rule -> who did better than the rest        gives improved_grpo.pt
 """
 
-from counting import MAX_NEW_TOKENS, asked, options, questions, rule
+from alphabet import MAX_NEW_TOKENS, asked, options, questions, rule
 
 from palm_rlhf_pytorch import GRPOTrainer, PaLM
 from palm_rlhf_pytorch.objectives import DAPO

@@ -5,7 +5,7 @@ labels.jsonl -> log-probabilities of chosen and rejected answers -> DPO's loss  
 
 from functools import partial
 
-from counting import options
+from alphabet import options
 
 from palm_rlhf_pytorch import DPOTrainer, PaLM
 from palm_rlhf_pytorch.objectives import dpo_loss

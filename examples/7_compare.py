@@ -6,7 +6,7 @@ answers of both to the same questions -> the reward model and the rule -> win ra
 from functools import partial
 
 import torch
-from counting import MAX_NEW_TOKENS, asked, options, questions, rule, share_right
+from alphabet import MAX_NEW_TOKENS, asked, options, questions, rule, share_right
 
 from palm_rlhf_pytorch import PaLM, RewardModel
 from palm_rlhf_pytorch.palm import generate_responses

@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
 STAGES = sorted(FOLDER.glob("[0-9]_*.py"))
-COUNTING = runpy.run_path(str(FOLDER / "counting.py"))
+TASK = runpy.run_path(str(FOLDER / "alphabet.py"))
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
@@ -21,21 +21,21 @@ def test_example_is_short(path):
 @pytest.mark.parametrize(
     ("question", "answer", "score"),
     [
-        ("From 3 to 6?", " 3 4 5 6", 1.0),
-        ("From 11 to 8?", "11 10 9 8", 1.0),
-        # three of four numbers: 2 * 3 / 7; "3 4 6" of "3 4 5 6", all five characters: 2 * 5 / 12
-        ("From 3 to 6?", " 3 4 6", (6 / 7 + 10 / 12) / 2),
-        ("From 3 to 6?", "", 0.0),
+        ("Which 4 letters follow c?", " defg", 1.0),
+        ("Which 3 letters follow y?", "zab", 1.0),
+        ("Which 4 letters follow c?", " dexg", 3 / 4),
+        ("Which 4 letters follow c?", " defgh", (4 - 1) / 4),
+        ("Which 4 letters follow c?", "", -1.0),
     ],
 )
 def test_rule_scores_what_was_said(question, answer, score):
-    assert COUNTING["rule"](COUNTING["asked"](question), answer) == pytest.approx(score)
+    assert TASK["rule"](TASK["asked"](question), answer) == pytest.approx(score)
 
 
 def test_no_question_is_both_judged_and_kept():
-    judged, kept = (COUNTING["questions"](held_out=held) for held in (False, True))
+    judged, kept = (TASK["questions"](held_out=held) for held in (False, True))
     assert not set(judged) & set(kept)
-    assert len(judged) + len(kept) == 220  # 31 numbers, of which 29, 28, 27 and 26 pairs are 2 to 5 apart, both ways
+    assert len(judged) + len(kept) == 26 * 5
 
 
 @pytest.mark.filterwarnings("ignore:.*steps teach little:UserWarning")
@@ -50,7 +50,7 @@ def test_examples_run_in_order_each_from_what_the_others_wrote(tmp_path, monkeyp
     bits = float(re.search(r"([\d.]+) bits a byte", printed["1"])[1])
     assert 4 < bits < 8.1  # ten steps have taught it a little
     rows = [json.loads(line) for line in (tmp_path / "run" / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
-    rule = COUNTING["rule"]
+    rule = TASK["rule"]
     assert rows and all(rule(row["prompt"], row["chosen"]) > rule(row["prompt"], row["rejected"]) for row in rows)
     for name in ("ppo", "grpo", "dpo"):
         assert (tmp_path / "run" / name / "metrics.jsonl").stat().st_size > 0
