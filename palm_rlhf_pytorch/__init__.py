@@ -1,6 +1,6 @@
 """RLHF on a PaLM language model: train a PaLM, train a reward model, improve the PaLM with PPO, GRPO or DPO.
 
-    text  ->  palm  ->  reward  ->  policy
+    text  ->  palm  ->  reward  ->  policy  ->  (people judge)  feedback  ->  text
     words     a model    a judge     learns from
     to ids    of text    of text     the judge
 
@@ -8,7 +8,8 @@ Rooms, from the ground up: tensors, rotary, attention and lora are bricks; `text
 corpora as ids, and reads what people said; `objectives` holds every loss as a pure function; `training` what all
 trainers share: optimizers, checkpoints, metrics, trackers, curves; `palm` the language model, published ones too, and
 how it learns from text and dialogues; `reward` the judges; `policy` PPO, the group methods, and what learns straight
-from preferences; `cli` the command `palm-rlhf`. A file imports only from lower floors.
+from preferences; `feedback` the pages in which people judge; `cli` the command `palm-rlhf`. A file imports only from
+lower floors.
 The name palm-rlhf-pytorch on PyPI belongs to the original project: install this package from its repository.
 Read first: palm/transformer.py, reward/model.py, policy/rollout.py, objectives/policy_gradient.py, policy/ppo.py.
 """

@@ -28,8 +28,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "runs", nargs="+", metavar="RUN", help="folder of a run, or a metrics file (palm.metrics.jsonl of pretrain)"
     )
     parser.add_argument(
-        "--out", nargs="+", type=Path, default=[Path("runs.png"), Path("runs.html")], metavar="FILE",
-        help="what to write, by its ending: .html, or .png, .svg, .pdf (default: runs.png runs.html)",
+        "--out", nargs="+", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+        help="what to write, by its ending: .html, or .png, .svg, .pdf (default: runs.html, and runs.png where"
+        " matplotlib is installed)",
     )  # fmt: skip
     parser.add_argument(
         "--metrics", nargs="+", metavar="NAME",
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: if a run has no metrics file.
         ValueError: if a file is none of metrics, an option is out of range, or matplotlib is missing.
     """
-    for path in args.out:
+    out = getattr(args, "out", [Path("runs.html"), Path("runs.png")])
+    for path in out:
         if path.suffix.lower() not in (*PAGES, *FORMATS):
             raise ValueError(f"--out {path}: its ending must be one of {', '.join((*PAGES[:1], *FORMATS))}")
         check_target(path)
@@ -58,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
     runs = read_runs(args.runs)
     panels = panels_of(runs, args.metrics)
     samples = {run.name: _samples(run.path) for run in runs}
-    for path in args.out:
+    for path in out:
         if path.suffix.lower() in PAGES:
             write_page(path, runs_page(runs, panels, weight=args.smooth, samples=samples))
         else:
             try:
                 curves_plot(runs, panels, path, weight=args.smooth)
             except ImportError as error:
+                if not hasattr(args, "out"):  # nobody asked for the picture by name
+                    print(f"no {path}: {error}")
+                    continue
                 raise ValueError(f"{error}; --out runs.html needs nothing") from error
         print(f"saved {path}")
     return 0

@@ -223,6 +223,10 @@ def _folders(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
     if found and not hasattr(args, "resume"):
         raise ValueError(f"{parent} holds an interrupted run: --resume goes on with it; remove it to begin anew")
+    if hasattr(args, "resume") and args.out.exists() and not found:
+        raise ValueError(
+            f"{args.out} is complete: --resume has nothing to go on with; leave it out to train another in its place"
+        )
     return folders
 
 

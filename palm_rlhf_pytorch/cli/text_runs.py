@@ -124,6 +124,11 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> Path:
             raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
         if Checkpoints(folder).steps() and not hasattr(args, "resume"):
             raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
+        if hasattr(args, "resume") and args.out.exists() and not Checkpoints(folder).steps():
+            raise ValueError(
+                f"{args.out} is complete: --resume has nothing to go on with; leave it out to train another in its"
+                " place"
+            )
     return folder
 
 

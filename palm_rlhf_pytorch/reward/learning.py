@@ -153,7 +153,7 @@ def train_reward_model(
     course = Course(train, epochs=epochs, seed=seed, accumulate=accumulate, ranks=ranks, **limits)
     model = LabelledLoss(reward_model, mean_weight=course.mean_weight, centering=centering, rankings=rankings)
     if course.num_steps < FEW_STEPS:
-        warnings.warn(f"{course.num_steps} steps teach little: lower max_tokens_per_batch", stacklevel=2)
+        warnings.warn(f"{course.num_steps} steps teach little: lower max_tokens_per_batch", stacklevel=4)
     every = max(1, course.num_steps // (epochs * evals_per_epoch))
     saves = None
     if run_dir is not None:

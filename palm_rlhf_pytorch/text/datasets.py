@@ -252,7 +252,11 @@ def split_by_group(records: Sequence[Record], *, held_out: float, seed: int = 0)
         sides[int.from_bytes(digest) < held_out * 2**64].append(record)
     if not all(sides):
         groups = len({_group(record) for record in records})
-        raise ValueError(f"held_out ({held_out}) leaves a side of {groups} groups empty; try another seed or more data")
+        enough = min(0.5, 2 / groups)
+        raise ValueError(
+            f"held_out ({held_out}) leaves a side empty: there are {groups} groups (of one prompt, or one beginning of"
+            f" a dialogue); hold out {max(enough, 0.1):.2g}, take another seed, or give more data"
+        )
     return sides
 
 

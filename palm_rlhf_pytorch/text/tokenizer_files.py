@@ -23,9 +23,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer from what a user may name.
 
     Args:
-        name_or_path: "bytes"; a file, as `save_tokenizer` or `tokenizers` writes it; a folder with a tokenizer.json,
-            whose tokenizer_config.json says what is special (a file of that name is read like its folder);
-            or a name on the Hugging Face Hub, such as "EleutherAI/gpt-neox-20b".
+        name_or_path: "bytes"; a file, as `save_tokenizer` or `tokenizers` writes it, or the checkpoint it was saved
+            beside; a folder with a tokenizer.json, whose tokenizer_config.json says what is special (a file of that
+            name is read like its folder); or a name on the Hugging Face Hub, such as "EleutherAI/gpt-neox-20b".
 
     Raises:
         FileNotFoundError: if it is a path and nothing is there.
@@ -35,6 +35,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     path = Path(name_or_path)
     if path.is_dir():
         return _from_folder(path)
+    if path.suffix != ".json" and path.is_file() and tokenizer_path(path).exists():  # a checkpoint's: its tokenizer
+        return _from_file(tokenizer_path(path))
     if path.exists():
         return _from_folder(path.parent) if path.name == FILE else _from_file(path)
     if str(name_or_path) == BYTES:

@@ -39,3 +39,27 @@ def test_a_refused_command_leaves_what_stands_beside_its_model(tmp_path, monkeyp
         assert entry.main(["pretrain", "text.txt", *TINY, *wrong]) == 2
         assert wrong[0].strip("-").replace("-", "_") in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_complete_model_is_not_trained_again_by_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 20)
+    assert entry.main(["pretrain", "text.txt", *TINY]) == 0
+    before = (tmp_path / "palm.pt").read_bytes()
+    capsys.readouterr()
+    assert entry.main(["pretrain", "text.txt", *TINY, "--resume", "--lr", "0.5"]) == 2
+    assert "palm.pt is complete: --resume has nothing to go on with" in capsys.readouterr().err
+    assert (tmp_path / "palm.pt").read_bytes() == before
+
+
+def test_curves_are_a_page_where_the_picture_cannot_be_drawn(tmp_path, monkeypatch, capsys):
+    def missing(*_, **__):
+        raise ImportError("plots need matplotlib")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("palm_rlhf_pytorch.cli.plot.curves_plot", missing)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": 1.5}\n')
+    assert entry.main(["plot", "metrics.jsonl"]) == 0
+    assert (tmp_path / "runs.html").is_file() and not (tmp_path / "runs.png").exists()
+    assert "no runs.png: plots need matplotlib" in capsys.readouterr().out
+    assert entry.main(["plot", "metrics.jsonl", "--out", "runs.png"]) == 2

@@ -127,7 +127,7 @@ def test_a_dialogue_stays_together_at_every_length():
 
 
 def test_split_with_an_empty_side_is_refused():
-    with pytest.raises(ValueError, match=r"held_out \(0.5\) leaves a side of 1 groups empty"):
+    with pytest.raises(ValueError, match=r"held_out \(0.5\) leaves a side empty: there are 1 groups"):
         split_by_group([pair(1, group="g"), pair(2, group="g")], held_out=0.5)
     with pytest.raises(ValueError, match=r"held_out \(1.0\)"):
         split_by_group([pair(1)], held_out=1.0)

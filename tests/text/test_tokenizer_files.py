@@ -95,3 +95,9 @@ def test_without_a_network_the_cache_is_asked_at_once(tmp_path, monkeypatch, rea
     with pytest.raises(ValueError, match="no tokenizer owner/name could be loaded: not in the cache$"):
         load_tokenizer("owner/name")
     assert asked == [("owner/name", not reachable)]
+
+
+def test_a_checkpoint_names_the_tokenizer_saved_beside_it(tmp_path):
+    (tmp_path / "palm.pt").write_bytes(b"weights")
+    save_tokenizer(ByteTokenizer(), tmp_path / "palm.pt")
+    assert isinstance(load_tokenizer(tmp_path / "palm.pt"), ByteTokenizer)
