@@ -1,6 +1,6 @@
 """6. DPO: straight from the preferences that the reward model learnt from; nothing is sampled and nothing is scored.
 
-labels.jsonl -> log-probabilities of chosen and rejected answers -> DPO's loss        gives improved_dpo.pt
+labels.jsonl -> log-probabilities of chosen and rejected answers -> their difference, and the chosen ones' likelihood        gives improved_dpo.pt
 """
 
 from functools import partial
@@ -8,7 +8,7 @@ from functools import partial
 from alphabet import options
 
 from palm_rlhf_pytorch import DPOTrainer, PaLM
-from palm_rlhf_pytorch.objectives import dpo_loss
+from palm_rlhf_pytorch.objectives import dpo_loss, with_nll
 from palm_rlhf_pytorch.text import read_labels, save_tokenizer, split_by_group, tokenizer_of
 
 args = options(__doc__).parse_args()
@@ -21,12 +21,13 @@ trainer = DPOTrainer(
     pairs=train,
     held_out=held_out,
     tokenizer=tokenizer,
-    loss=partial(dpo_loss, beta=0.5),  # or ipo_loss, simpo_loss ... of objectives/direct.py
+    # DPO alone makes chosen answers less likely too, and right ones no more frequent; others: ipo_loss, simpo_loss ...
+    loss=partial(with_nll, loss=partial(dpo_loss, beta=0.1)),
     lr=1e-3,
     minibatch_size=32,
     run_dir=args.out / "dpo",
 )
-metrics = trainer.train(num_epochs=1 if args.quick else 2, resume="auto")
+metrics = trainer.train(num_epochs=1, resume="auto")
 
 trainer.export_palm().save(args.out / "improved_dpo.pt")
 save_tokenizer(tokenizer, args.out / "improved_dpo.pt")
