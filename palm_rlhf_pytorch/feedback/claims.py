@@ -103,10 +103,12 @@ def _try_to_claim(project: Project, user: Any, live: bool) -> tuple[Assignment |
         locked = Item.objects.select_for_update(skip_locked=True, no_key=True).filter(pk=item_id).first()
         if locked is None or not has_room(locked, project.required, besides=user, now=now):
             continue
+        begun = {"state": State.LEASED, "started": now, "expires": ends}
         assignment, _ = Assignment.objects.update_or_create(
             item=locked,
             user=user,
-            defaults={"state": State.LEASED, "order": draw_order(locked), "started": now, "expires": ends},
+            defaults=begun,  # a lease that ran out keeps its order: a page that is still open shows that
+            create_defaults=begun | {"order": draw_order(locked)},
         )
         return assignment, False
     return None, listed > 0

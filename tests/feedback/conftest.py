@@ -61,7 +61,9 @@ def make_project(database: Path) -> Callable[..., Any]:
         for number in range(items):
             item = Item.objects.create(project=project, key=f"{number:064}", prompt=f"What is bird {number}?")
             for place in range(completions):
-                Completion.objects.create(item=item, place=place, text=f"{number}: answer {place}", source=f"m{place}")
+                Completion.objects.create(
+                    item=item, place=place, text=f"{number}: answer {place}", source=f"source{place}"
+                )
         return project
 
     return make
