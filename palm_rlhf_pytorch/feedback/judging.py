@@ -42,8 +42,9 @@ _Act = Callable[[HttpRequest, Project], HttpResponse]
 @require_http_methods(["GET", "HEAD", "POST"])
 def judge(request: HttpRequest, slug: str) -> HttpResponse:
     """The item that a person holds, or the next one."""
-    project = get_object_or_404(Project, slug=slug)
-    return submit(request, slug) if request.method == "POST" else _next_page(request, project)
+    if request.method == "POST":
+        return submit(request, slug)
+    return _next_page(request, get_object_or_404(Project, slug=slug))
 
 
 @never_cache
