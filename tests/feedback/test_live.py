@@ -126,7 +126,7 @@ def test_a_server_without_a_model_takes_back_what_waits(browser, project, writin
 
 
 @pytest.mark.parametrize(("kind", "number"), [(Kind.PAIR, 2), (Kind.RANKING, 3)])
-def test_a_model_answers_text_and_turns(kind, number, monkeypatch):
+def test_a_model_answers_text_and_turns(django_ready, kind, number, monkeypatch):
     from palm_rlhf_pytorch.feedback import live
     from palm_rlhf_pytorch.feedback.live import responder
     from palm_rlhf_pytorch.feedback.sampling import Author
@@ -143,7 +143,7 @@ def test_a_model_answers_text_and_turns(kind, number, monkeypatch):
         responder([author], samples=1)
 
 
-def test_a_model_that_says_the_same_again_and_again_has_no_answer():
+def test_a_model_that_says_the_same_again_and_again_has_no_answer(django_ready):
     from palm_rlhf_pytorch.feedback.live import responder
     from palm_rlhf_pytorch.feedback.sampling import Author
 
