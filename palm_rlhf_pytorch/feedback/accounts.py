@@ -1,5 +1,6 @@
 """People who judge: added from the terminal, their passwords checked by Django's validators."""
 
+import unicodedata
 from typing import Any
 
 from django.contrib.auth import get_user_model
@@ -45,11 +46,17 @@ def check_login(name: str, address: str) -> None:
     Raises:
         events.ThrottledError: naming when it ends.
     """
-    for subject in (f"name {name.lower()}", f"address {address}"):
+    for subject in _subjects(name, address):
         events.check("login_failed", events.LOGIN_FAILURES, subject=subject)
 
 
 def login_failed(name: str, address: str) -> None:
     """Count a try that failed against the name and the address."""
-    for subject in (f"name {name.lower()}", f"address {address}"):
+    for subject in _subjects(name, address):
         events.record("login_failed", subject=subject)
+
+
+def _subjects(name: str, address: str) -> tuple[str, str]:
+    """What failed tries are counted by. A name is the one that it logs in as, however it is typed."""
+    typed = unicodedata.normalize("NFKC", name.replace("\0", "")).strip().lower()
+    return f"name {typed}", f"address {address}"

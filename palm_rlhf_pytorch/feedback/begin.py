@@ -24,6 +24,8 @@ def begin(*, data_dir: Path | None = None, database: str | None = None) -> None:
         os.environ[environment.PREFIX + "DATABASE"] = database
     environment.make_data_dir(environment.data_dir())
     entry = environment.database(environment.data_dir())
+    if entry["ENGINE"].endswith("sqlite3"):
+        environment.make_file(Path(entry["NAME"]))
     if entry["ENGINE"].endswith("postgresql"):
         try:
             import psycopg  # noqa: F401

@@ -91,10 +91,11 @@ def _try_to_claim(project: Project, user: Any, live: bool) -> tuple[Assignment |
     lock_user(user)
     now = timezone.now()
     ends = now + timedelta(seconds=project.lease_seconds)
-    own = Assignment.objects.filter(user=user, item__project=project, state=State.LEASED)
-    held = own.filter(expires__gt=now).select_related("item").order_by("-undone", "pk").first()
+    own = Assignment.objects.filter(user=user, item__project=project, state=State.LEASED).select_related("item")
+    leases = list(own.order_by("-undone", "pk"))
+    held = next((lease for lease in leases if lease.expires > now), None)
     if held is not None:
-        held.expires = ends
+        held.item.project, held.expires = project, ends
         held.save(update_fields=["expires"])
         return held, False
     listed = 0
@@ -103,11 +104,12 @@ def _try_to_claim(project: Project, user: Any, live: bool) -> tuple[Assignment |
         locked = Item.objects.select_for_update(skip_locked=True, no_key=True).filter(pk=item_id).first()
         if locked is None or not has_room(locked, project.required, besides=user, now=now):
             continue
-        assignment, _ = Assignment.objects.update_or_create(
-            item=locked,
-            user=user,
-            defaults={"state": State.LEASED, "order": draw_order(locked), "started": now, "expires": ends},
-        )
+        locked.project = project
+        # a lease that ran out keeps its order: a page that is still open shows that
+        mine = next((lease for lease in leases if lease.item_id == item_id), None)
+        assignment = mine or Assignment(user=user, state=State.LEASED, order=draw_order(locked))
+        assignment.item, assignment.started, assignment.expires = locked, now, ends
+        assignment.save()
         return assignment, False
     return None, listed > 0
 
@@ -117,8 +119,8 @@ def _candidates(project: Project, user: Any, now: datetime, live: bool) -> Itera
     closed = Assignment.objects.filter(item=OuterRef("pk"), user=user, state__in=_CLOSED)
     items = Item.objects.filter(~Exists(closed), project=project).order_by("-priority", "id")
     items = items if live else items.filter(ready=True)
-    number = Assignment.objects.filter(user=user, item__project=project, state__in=_CLOSED).count()
-    if gold_is_due(user, number, project.gold_every):
+    seen = Assignment.objects.filter(user=user, item__project=project, state__in=_CLOSED)
+    if project.gold_every and gold_is_due(user, seen.count(), project.gold_every):
         yield from items.filter(gold__isnull=False).values_list("pk", flat=True)[:1]
     wanted = items.filter(gold__isnull=True, done__lt=project.required).values_list("pk", "done")
     start, size = 0, FIRST_PAGE

@@ -45,6 +45,18 @@ def make_data_dir(path: Path) -> Path:
     return path
 
 
+def make_file(path: Path) -> None:
+    """Make an empty file for its owner's eyes alone (0600); one that exists keeps its mode.
+
+    Raises:
+        ValueError: if it cannot be made there.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def secret_key(directory: Path, environ: Mapping[str, str] = os.environ) -> str:
     """The secret of the environment, else of the directory's file, which is made (0600) when it is not there.
 

@@ -68,20 +68,35 @@ def read_item(columns: Mapping[str, object], kind: int) -> NewItem:
     names, values = _texts(row)
     _check_number(names, len(values), kind)
     prompt, texts = _prompt_and_texts(row.get("prompt"), names, values)
-    for name, text in zip(["prompt", *names], [json.dumps(prompt, ensure_ascii=False), *texts], strict=True):
-        if "\0" in text or "\\u0000" in text and name == "prompt":
-            raise FieldError(name, "holds a null character; leave it out")
-    sources, scores = _sources(row, names), _scores(row, len(names))
+    sources, scores, group = _sources(row, names), _scores(row, len(names)), _short(row, "group", MAX_GROUP)
+    said = [("prompt", plain(prompt)), *zip(names, texts, strict=True), ("group", group)]
+    for name, text in [*said, *(("source", source) for source in sources)]:
+        if fault := fault_of(text):
+            raise FieldError(name, fault)
     parts = zip(texts, sources, scores, strict=True)
     expected = row.get("expected")
     gain = expected.get("gain", 0.0) if isinstance(expected, Mapping) else 0.0
     return NewItem(
         prompt=prompt,
         completions=tuple(NewCompletion(text=text, source=source, score=score) for text, source, score in parts),
-        group=_short(row, "group", MAX_GROUP),
+        group=group,
         priority=_number(row.get("priority", gain), "priority"),
         gold=None if "gold" not in row else _gold(row["gold"], names, kind),
     )
+
+
+def fault_of(text: str) -> str:
+    """What keeps a database from holding a text; empty for one that it takes."""
+    if "\0" in text:
+        return "holds a null character; leave it out"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds half of a pair of surrogates, which is no character; leave it out"
+    return ""
+
+
+def plain(prompt: Prompt) -> str:
+    """All that a prompt says, as one text."""
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 
 def _texts(row: Mapping[str, object]) -> tuple[list[str], list[object]]:
@@ -171,8 +186,8 @@ def _sources(row: Mapping[str, object], names: Sequence[str]) -> list[str]:
             raise FieldError("sources", f"must be a list of {len(names)}, one for each response")
         given = [str(source) for source in several]
     else:
-        given = [str(row.get(name.replace("response", "source"), row.get("source", ""))) for name in names]
-        given = ["" if source == row.get(name) else source for name, source in zip(names, given, strict=True)]
+        own = [name.replace("response", "source") if name.startswith("response_") else "source" for name in names]
+        given = [str(row.get(name, row.get("source", ""))) for name in own]
     for source in given:
         if len(source) > MAX_SOURCE:
             raise FieldError("source", f"is {len(source)} characters long; {MAX_SOURCE} fit")

@@ -10,7 +10,7 @@ from django.utils.text import slugify
 from palm_rlhf_pytorch.feedback import events
 from palm_rlhf_pytorch.feedback.claims import draw_order
 from palm_rlhf_pytorch.feedback.codes import Kind
-from palm_rlhf_pytorch.feedback.formats import NewCompletion, NewItem, read_item
+from palm_rlhf_pytorch.feedback.formats import NewCompletion, NewItem, fault_of, plain, read_item
 from palm_rlhf_pytorch.feedback.models import Assignment, Completion, Item, Project
 from palm_rlhf_pytorch.text.datasets import BadRecord, read_prompts, stop_at_bad_record
 from palm_rlhf_pytorch.text.dialogues import FieldError
@@ -18,6 +18,7 @@ from palm_rlhf_pytorch.text.rows import check_table, is_table, read_rows
 
 BATCH = 1000  # items of a transaction: others wait as long as it takes
 SETTINGS = ("instructions", "rules", "required", "lease_seconds", "gold_every")
+LARGEST = {"required": 2**15 - 1, "gold_every": 2**15 - 1, "lease_seconds": 2**31 - 1}  # what their columns hold
 
 
 class Added(NamedTuple):
@@ -38,6 +39,8 @@ def make_project(name: str, kind: int | None = None, **settings: Any) -> Project
     Raises:
         ValueError: if a setting is out of range, or the project asks another kind of question.
     """
+    if fault := fault_of(name):
+        raise ValueError(f"project ({name[:40]!r}) {fault}")
     project = Project.objects.filter(name=name).first()
     if project is None:
         slug = slugify(name)
@@ -97,8 +100,14 @@ def add_items(project: Project, items: Iterable[NewItem], *, round: int = 0) -> 
         project: whose queue.
         items: those without completions wait until `add_completions`.
         round: of sampling; 0 for imports.
+
+    Raises:
+        ValueError: if a prompt holds a character that no database takes; nothing is added then.
     """
     unique = {item.key: item for item in items}
+    for item in unique.values():
+        if fault := fault_of(plain(item.prompt)):
+            raise ValueError(f"prompt ({plain(item.prompt)[:40]!r}) {fault}")
     keys, known = list(unique), set[str]()
     for start in range(0, len(keys), BATCH):
         known |= set(project.items.filter(key__in=keys[start : start + BATCH]).values_list("key", flat=True))
@@ -160,8 +169,14 @@ def _check_settings(project: Project) -> None:
             raise ValueError(f"{name} ({getattr(project, name)}) must be 1 or more")
     if project.gold_every < 0:
         raise ValueError(f"gold_every ({project.gold_every}) must be 0 or more; 0 shows no known answers")
+    for name, most in LARGEST.items():
+        if getattr(project, name) > most:
+            raise ValueError(f"{name} ({getattr(project, name)}) must be {most} or less")
     rules: object = project.rules
     if not isinstance(rules, list) or not all(isinstance(rule, str) and 0 < len(rule) <= 200 for rule in rules):
         raise ValueError("rules must be texts of 1 to 200 characters")
     if len(set(rules)) < len(rules):
         raise ValueError("rules holds one twice")
+    for name, text in [("instructions", project.instructions), *(("rules", rule) for rule in rules)]:
+        if fault := fault_of(text):
+            raise ValueError(f"{name} {fault}")

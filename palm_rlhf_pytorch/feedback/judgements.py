@@ -15,6 +15,7 @@ from django.utils import timezone
 from palm_rlhf_pytorch.feedback import events
 from palm_rlhf_pytorch.feedback.claims import has_room, lock_user
 from palm_rlhf_pytorch.feedback.codes import Kind, State
+from palm_rlhf_pytorch.feedback.formats import fault_of
 from palm_rlhf_pytorch.feedback.models import Assignment, Item, Judgement, Project
 
 STEPS = 3  # of preference on each side of a tie
@@ -89,6 +90,8 @@ def submit(assignment_id: int, user: Any, answer: Answer) -> Submitted:
         return Submitted(assignment.judgement, again=True)
     if assignment.state == State.SKIPPED:
         raise ClosedError("you have skipped this item")
+    if not item.ready:
+        raise AnswerError("the responses", "are still being written")
     stored = stored_answer(answer, assignment.order, item.project)
     now = timezone.now()
     if assignment.expires <= now and not has_room(item, item.project.required, besides=user, now=now):
@@ -193,8 +196,8 @@ def checked_text(field: str, text: str, limit: int) -> str:
     text = text.strip()
     if len(text) > limit:
         raise AnswerError(field, f"is {len(text):,} characters long; {limit:,} fit")
-    if "\0" in text:
-        raise AnswerError(field, "holds a null character; leave it out")
+    if fault := fault_of(text):
+        raise AnswerError(field, fault)
     return text
 
 

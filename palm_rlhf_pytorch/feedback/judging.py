@@ -42,8 +42,9 @@ _Act = Callable[[HttpRequest, Project], HttpResponse]
 @require_http_methods(["GET", "HEAD", "POST"])
 def judge(request: HttpRequest, slug: str) -> HttpResponse:
     """The item that a person holds, or the next one."""
-    project = get_object_or_404(Project, slug=slug)
-    return submit(request, slug) if request.method == "POST" else _next_page(request, project)
+    if request.method == "POST":
+        return submit(request, slug)
+    return _next_page(request, get_object_or_404(Project, slug=slug))
 
 
 @never_cache
@@ -81,6 +82,8 @@ def submit(request: HttpRequest, project: Project) -> HttpResponse:
     except judgements.AnswerError as error:
         if assignment.state != State.LEASED:  # judged long ago: what this form says no longer matters
             return _go_on(request, project, "You have closed this item before; nothing was changed.")
+        if not assignment.order:  # there is nothing to show it beside
+            return _go_on(request, project, _sentence(error))
         return _page(request, assignment, replace(draft, confirmed=True), error=_sentence(error), status=422)
     except ThrottledError as error:
         response = _page(request, assignment, draft, error=_sentence(error), status=429)
@@ -128,7 +131,7 @@ def _next_button(before: Draft, after: Draft, place: int, move: str) -> str:
     """The button that has the focus after a move: the same one, or where it is gone the nearest."""
     if move == "in":
         return f"{place} up"
-    if move == "out" and place not in after.ranking:
+    if move == "out" and place in before.ranking and place not in after.ranking:
         return f"{after.ranking[min(before.ranking.index(place), len(after.ranking) - 1)]} out"
     return f"{place} {move}"
 

@@ -155,7 +155,17 @@ class Judgement(models.Model):
 
 
 class _AppendOnly(models.QuerySet):
-    """Refuses what would change the log."""
+    """Refuses what would change the log; a row that is added is all that it takes."""
+
+    def bulk_create(self, objs: Any, **options: Any) -> Any:
+        """Add rows.
+
+        Raises:
+            TypeError: if some of them may be there already.
+        """
+        if options.get("update_conflicts"):
+            raise TypeError("events are append-only: none is changed")
+        return super().bulk_create(objs, **options)
 
     def update(self, **values: Any) -> int:
         """Raise: the log is append-only."""
@@ -178,6 +188,7 @@ class Event(models.Model):
     objects = _AppendOnly.as_manager()
 
     class Meta:
+        base_manager_name = "objects"
         indexes = [
             models.Index(fields=["verb", "subject", "at"], name="event_by_subject"),
             models.Index(fields=["user", "verb", "at"], name="event_by_user"),

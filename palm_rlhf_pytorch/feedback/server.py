@@ -7,6 +7,7 @@ from palm_rlhf_pytorch.feedback import environment
 
 EVERYWHERE = ("0.0.0.0", "::", "[::]")
 THREADS = 8
+MAX_BODY = 16 * 2**20  # bytes of a request; what is larger is not even read, from whoever it comes
 
 
 def names_of(host: str) -> list[str]:
@@ -42,7 +43,7 @@ def make_server(host: str, port: int, *, trusted_proxy: str | None = None) -> An
     }  # fmt: skip
     try:
         return waitress.create_server(
-            application, host=host.strip("[]"), port=port, threads=THREADS, ident=None,
+            application, host=host.strip("[]"), port=port, threads=THREADS, ident=None, max_request_body_size=MAX_BODY,
             clear_untrusted_proxy_headers=True, **proxy,
         )  # fmt: skip
     except OSError as error:

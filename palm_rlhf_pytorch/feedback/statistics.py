@@ -124,8 +124,10 @@ def progress(project: Project, *, round: int | None = None) -> Progress:
 
 def own_progress(project: Project, user: Any) -> tuple[int, int]:
     """How many items a person has judged and skipped, those with a known answer included: they look like others."""
-    own = Assignment.objects.filter(item__project=project, user=user)
-    return own.filter(state=State.DONE).count(), own.filter(state=State.SKIPPED).count()
+    own = Assignment.objects.filter(item__project=project, user=user).aggregate(
+        judged=Count("pk", filter=Q(state=State.DONE)), skipped=Count("pk", filter=Q(state=State.SKIPPED))
+    )
+    return own["judged"], own["skipped"]
 
 
 def statistics(project: Project) -> Statistics:

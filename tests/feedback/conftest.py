@@ -61,7 +61,8 @@ def make_project(database: Path) -> Callable[..., Any]:
         for number in range(items):
             item = Item.objects.create(project=project, key=f"{number:064}", prompt=f"What is bird {number}?")
             for place in range(completions):
-                Completion.objects.create(item=item, place=place, text=f"{number}: answer {place}", source=f"m{place}")
+                text, source = f"{number}: answer {place}", f"source{place}"
+                Completion.objects.create(item=item, place=place, text=text, source=source)
         return project
 
     return make

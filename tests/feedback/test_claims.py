@@ -118,9 +118,10 @@ def test_an_own_expired_lease_is_begun_anew_on_the_same_row(make_project, people
 
     project, (anna,) = make_project(items=1, lease_seconds=60), people("anna")
     first = claim(project, anna)
-    later(61)
-    again = claim(project, anna)
-    assert again.pk == first.pk and again.expires > first.expires
+    for _ in range(20):  # a page that is still open shows the sides as they were: drawn again, 20 times alike is 1e-6
+        later(61)
+        again = claim(project, anna)
+        assert (again.pk, again.order) == (first.pk, first.order) and again.expires > first.expires
 
 
 def test_a_released_item_is_free_for_others(make_project, people):

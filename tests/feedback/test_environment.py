@@ -24,6 +24,17 @@ def test_the_secret_is_made_once_and_for_the_owner_alone(tmp_path):
         environment.secret_key(folder, {"PALM_FEEDBACK_SECRET_KEY": "1234"})
 
 
+def test_the_file_of_the_database_is_for_the_owner_alone_also_in_a_folder_of_others(tmp_path):
+    path = tmp_path / "feedback.sqlite3"
+    environment.make_file(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_text("kept")
+    environment.make_file(path)
+    assert path.read_text() == "kept"
+    with pytest.raises(ValueError, match="cannot be written"):
+        environment.make_file(tmp_path / "nowhere" / "x.sqlite3")
+
+
 def test_a_url_names_the_database():
     found = environment.database_of("postgresql://us%40er:p%2Fw@[::1]:5433/my%20db?sslmode=require")
     assert {name: found[name] for name in ("NAME", "USER", "PASSWORD", "HOST", "PORT")} == {

@@ -79,7 +79,7 @@ def test_figures_by_hand(birds, people):
 
 
 def test_broken_lines_are_named_and_nothing_is_imported_or_they_are_left_out(database, tmp_path):
-    from palm_rlhf_pytorch.feedback.imports import read_items
+    from palm_rlhf_pytorch.feedback.imports import add_items, make_project, read_items
     from palm_rlhf_pytorch.text.datasets import skip_bad_record
 
     path = write_rows(tmp_path / "in.jsonl", [ROWS[0], "not json\n", {"prompt": "p", "response_a": "x"}, "\n"])
@@ -87,6 +87,10 @@ def test_broken_lines_are_named_and_nothing_is_imported_or_they_are_left_out(dat
         read_items(path, 1)
     items, bad = read_items(path, 1, on_bad_record=skip_bad_record)
     assert len(items) == 1 and [(one.line, one.field) for one in bad] == [(2, ""), (3, "response_a")]
+    plain = tmp_path / "in.txt"
+    plain.write_bytes(b"one\nt\0wo\n")
+    with pytest.raises(ValueError, match="holds a null character"):
+        add_items(make_project("plain"), read_items(plain, 1)[0])
     with pytest.raises(ValueError, match="holds nothing to judge; the first bad row"):
         read_items(write_rows(tmp_path / "bad.jsonl", ["{}\n"]), 1, on_bad_record=skip_bad_record)
 
@@ -96,7 +100,11 @@ def test_broken_lines_are_named_and_nothing_is_imported_or_they_are_left_out(dat
     [
         ({"required": 0}, r"required \(0\)"),
         ({"lease_seconds": 0}, "lease_seconds"),
+        ({"required": 40_000}, r"required \(40000\) must be 32767 or less"),
+        ({"lease_seconds": 10**12}, "lease_seconds"),
         ({"rules": ["a", "a"]}, "rules holds one twice"),
+        ({"rules": ["a\ud800"]}, "rules holds half of a pair"),
+        ({"instructions": "a\0"}, "instructions holds a null character"),
         ({"kind": 2}, "asks for PAIRS, not RATINGS"),
     ],
 )

@@ -58,6 +58,8 @@ def test_sources_scores_gold_and_priority_are_kept():
     assert [(each.source, each.score) for each in item.completions] == [("old", 0.5), ("new", -1.0)]
     assert (item.gold, item.group, item.priority) == ({"choice": 1}, "3", 0.25)
     assert read_item({"prompt": "p", "completion": "x", "gold": 4}, RATING).gold == {"ratings": [4]}
+    for texts in ({"completion": "x"}, {"response": "x"}, {"responses": ["x"]}):
+        assert read_item({"prompt": "p", "source": "old", **texts}, RATING).completions[0].source == "old"
     assert read_item({"prompt": "p", "responses": ["x", "y"], "gold": [1, 0]}, RANKING).gold == {"ranks": [1, 0]}
 
 
@@ -79,6 +81,9 @@ def test_the_key_is_the_same_whichever_side_a_response_stands_on():
         ({"prompt": "p", "completion": "x", "responses": ["y"]}, RATING, "responses, completion"),
         ({"prompt": "p", "completion": "x\0"}, RATING, "completion"),
         ({"prompt": "p\0", "completion": "x"}, RATING, "prompt"),
+        ({"prompt": [{"role": "user", "content": "p\0"}], "completion": "x"}, RATING, "prompt"),
+        ({"prompt": "p", "completion": "x", "source": "m\ud800"}, RATING, "source"),
+        ({"prompt": "p", "completion": "x", "group": "g\0"}, RATING, "group"),
         ({"prompt": "p", "completion": "x", "gold": 6}, RATING, "gold"),
         ({"prompt": "p", "completion": "x", "gold": [1, 2]}, RATING, "gold"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "c"}, PAIR, "gold"),

@@ -130,6 +130,11 @@ def test_events_cannot_be_changed(api, people):
         event.delete,
         api.Event.objects.all().delete,
         lambda: api.Event.objects.update(verb="x"),
+        lambda: api.Event._base_manager.update(verb="x"),
+        lambda: api.Event.objects.bulk_update([event], ["verb"]),
+        lambda: api.Event.objects.bulk_create(
+            [event], update_conflicts=True, update_fields=["verb"], unique_fields=["id"]
+        ),
     ):
         with pytest.raises(TypeError, match="append-only"):
             change()
@@ -153,7 +158,7 @@ def test_logins_are_counted_by_name_and_by_address(api, monkeypatch):
     from palm_rlhf_pytorch.feedback import accounts, events
 
     monkeypatch.setattr(events, "LOGIN_FAILURES", events.Limit(2, 60))
-    for name in ("anna", "Anna"):
+    for name in ("anna", " \uff21nna\0"):  # one person to log in as, however typed
         accounts.check_login(name, "10.0.0.7")
         accounts.login_failed(name, "10.0.0.7")
     for name, address in (("anna", "10.0.0.8"), ("ben", "10.0.0.7")):

@@ -15,7 +15,7 @@ from tests.feedback.serving import SETUP, run_program, serving, start
 pytest.importorskip("django", reason="needs the extra [feedback]")
 
 PROJECT = "kill"
-PEOPLE, SUBMITS, KILLS = 4, 200, 2
+PEOPLE, SUBMITS, KILLS = 4, 200, 1
 STORED = """
 import json
 from palm_rlhf_pytorch.feedback.begin import begin

@@ -107,7 +107,7 @@ def test_completions_are_shown_in_the_order_drawn_and_sources_are_not(make_proje
     assert shown_texts(page)[1:] == [completion.text for completion in assignment.shown]
     models.Assignment.objects.update(order=assignment.order[::-1])
     assert shown_texts(client.get(JUDGE))[1:] == [completion.text for completion in reversed(assignment.shown)]
-    assert b"m0" not in page.content and b"m1" not in page.content
+    assert b"source0" not in page.content and b"source1" not in page.content
 
 
 def test_text_of_a_model_stays_text(make_project, log_in, models):
@@ -154,6 +154,19 @@ def test_ratings_that_are_missing_are_named_and_those_given_are_kept(make_projec
     assert "closed this item" in said(client.post(JUDGE, {"assignment": number}, follow=True))
 
 
+@pytest.mark.parametrize(("kind", "form"), [(1, {"choice": 1}), (2, {}), (3, {"ranking": [0, 1]})])
+def test_what_is_not_written_yet_cannot_be_judged(make_project, people, log_in, models, kind, form):
+    from django.contrib.auth import get_user_model
+
+    from palm_rlhf_pytorch.feedback.claims import claim
+
+    project, client = make_project(items=1, completions=0, kind=kind), log_in("anna")
+    models.Item.objects.update(ready=False)
+    waits = claim(project, get_user_model().objects.get(), live=True)
+    answer = client.post(JUDGE, form | {"assignment": waits.pk}, headers={"HX-Request": "true"})
+    assert answer.status_code == 200 and not models.Judgement.objects.exists()
+
+
 def test_responses_move_up_down_out_and_in_and_an_untouched_order_is_asked_about(make_project, log_in, models):
     make_project(items=2, completions=4, kind=3)
     client = log_in("anna")
@@ -171,6 +184,7 @@ def test_responses_move_up_down_out_and_in_and_an_untouched_order_is_asked_about
         ("0 down", [[1, 0, 2, 3], []]),
         ("1 out", [[0, 2, 3], [1]]),
         ("nonsense", [[0, 1, 2, 3], []]),
+        ("99 out", [[0, 1, 2, 3], []]),
     ):
         page = client.post(JUDGE + "order/", form | {"move": move, "note": "kept"})
         assert order_in(page) == expected, move

@@ -133,6 +133,7 @@ class Migration(migrations.Migration):
                 ),
             ],
             options={
+                "base_manager_name": "objects",
                 "indexes": [
                     models.Index(fields=["verb", "subject", "at"], name="event_by_subject"),
                     models.Index(fields=["user", "verb", "at"], name="event_by_user"),
