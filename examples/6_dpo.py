@@ -1,6 +1,6 @@
 """6. DPO: straight from the preferences that the reward model learnt from; nothing is sampled and nothing is scored.
 
-labels.jsonl -> log-probabilities of chosen and rejected answers -> their difference, and the chosen ones' likelihood        gives improved_dpo.pt
+labels.jsonl -> log-probabilities of both answers -> DPO's loss, and the chosen one's likelihood
 """
 
 from functools import partial
