@@ -99,3 +99,17 @@ import palm_rlhf_pytorch, palm_rlhf_pytorch.cli.main
 assert state() == before
 """
     subprocess.run([sys.executable, "-W", "error", "-c", probe], check=True, timeout=120)
+
+
+def test_the_front_door_opens_each_name_and_room_when_it_is_asked_for():
+    program = (
+        "import sys, palm_rlhf_pytorch as package\n"
+        "assert 'torch' not in sys.modules\n"
+        "package.PaLM\n"
+        "assert 'palm_rlhf_pytorch.policy.ppo' not in sys.modules\n"
+        "assert all(isinstance(getattr(package, name), type) for name in package.__all__)\n"
+        "assert package.text.ByteTokenizer and set(package.__all__) <= set(dir(package))\n"
+        "assert not hasattr(package, 'nothing')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
