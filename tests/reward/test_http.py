@@ -157,7 +157,11 @@ def test_what_cannot_pass_is_an_error_at_once(answer, error, message):
     assert len(str(caught.value)) < 600 and "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wait", ["1", format_datetime(datetime.now(UTC) + timedelta(days=-1), usegmt=True), "soon"])
+@pytest.mark.parametrize(
+    "wait",
+    ["1", format_datetime(datetime.now(UTC) + timedelta(days=-1), usegmt=True), "soon"],
+    ids=["seconds", "date", "word"],  # the processes of a run collect at different times
+)
 def test_retry_after_is_obeyed_in_all_its_forms(wait):
     with server((503, b"", {"Retry-After": wait}), (200, None)) as (url, seen):
         HTTPScorer(url, **QUICK)(*FOUR)
