@@ -52,11 +52,24 @@ def log_in(opened: Any, address: str, name: str) -> None:
 
 def wait_for(opened: Any, ready: Any) -> Any:
     """What `ready` gives once it is true; elements that a swap took away meanwhile are looked for again."""
-    from selenium.common.exceptions import JavascriptException, NoSuchElementException, StaleElementReferenceException
+    from selenium.common.exceptions import (
+        JavascriptException,
+        NoSuchElementException,
+        StaleElementReferenceException,
+        WebDriverException,
+    )
     from selenium.webdriver.support.wait import WebDriverWait
 
+    def found(_: Any) -> Any:
+        try:
+            return ready()
+        except WebDriverException as error:  # chromedriver's other word for a stale element
+            if "does not belong to the document" in str(error):
+                return None
+            raise
+
     passing = [StaleElementReferenceException, NoSuchElementException, JavascriptException, IndexError]
-    return WebDriverWait(opened, 20, poll_frequency=0.05, ignored_exceptions=passing).until(lambda _: ready())
+    return WebDriverWait(opened, 20, poll_frequency=0.05, ignored_exceptions=passing).until(found)
 
 
 def complaints(opened: Any) -> list[str]:
