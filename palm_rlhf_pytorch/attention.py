@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from palm_rlhf_pytorch.processor import float32_rows
+
 
 def attend(
     q: Tensor,
@@ -62,9 +64,13 @@ def _attend_fused(
         folded = rearrange(q, "b h 1 d -> b 1 h d")
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return rearrange(out, "b 1 h d -> b h 1 d")
+    dtype = q.dtype
+    if q.device.type == "cpu" and float32_rows(dtype) is not None:
+        q, k, v = (x.float() for x in (q, k, v))
     k, v = (x.expand(-1, heads, -1, -1) for x in (k, v))
     causal = causal and mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal)
+    return out.to(dtype)
 
 
 def attention_mask(
@@ -154,7 +160,7 @@ def place_tokens(
         documents: a number for each token, (b, n): neighbours of one number are one document, and see no other.
 
     Returns:
-        Positions, and the mask of `attend`, None where `causal` alone says it.
+        Positions, and the mask of `attend`, None where `causal` alone says what real tokens see.
 
     Raises:
         ValueError: if both a cache and documents are given.
@@ -167,7 +173,19 @@ def place_tokens(
         return cache.admit(mask, tokens), cache.visible(tokens)
     if mask is None:
         return torch.arange(tokens, device=device), None
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0), attention_mask(mask, tokens, tokens, causal=causal)
+    needless = _hides_nothing(mask, causal=causal)
+    allowed = None if needless else attention_mask(mask, tokens, tokens, causal=causal)
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0), allowed
+
+
+def _hides_nothing(mask: Tensor, *, causal: bool) -> bool:
+    """Whether no real token would see padding without the mask (b, n), so that attention needs none.
+
+    Asked on a CPU alone: a CUDA device would be waited for.
+    """
+    if mask.device.type != "cpu":
+        return False
+    return not bool((mask[:, 1:] & ~mask[:, :-1]).any()) if causal else bool(mask.all())
 
 
 def document_starts(documents: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ class Readout(NamedTuple):
             if grad_rows is not None:
                 grad_rows[piece] = linear(grad, product_weight.t()).to(rows.dtype)
             if grad_weight is not None:
-                grad_weight += grad.t() @ part
+                grad_weight += linear(grad.t(), part.t())
         return grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 

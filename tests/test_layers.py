@@ -29,6 +29,8 @@ LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed
 # floor, room, files; a file imports from lower floors, and inside its own room from the files before it
 TREE = [
     (-1, "", "typecheck"),
+    (-1, "", "heap"),
+    (-1, "", "processor"),
     (-1, "", "products"),
     (-1, "", "tensors"),
     (-1, "", "truncation"),

@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from palm_rlhf_pytorch import products
+from palm_rlhf_pytorch.processor import Float32Rows
 from palm_rlhf_pytorch.products import linear, onednn_works, pack
+
+HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
@@ -13,6 +16,13 @@ def always_large(monkeypatch):
     """Every product counts as large, on a processor that MKL is slow on: small ones show what large ones do there."""
     monkeypatch.setattr(products, "LARGE", 0)
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+
+
+@pytest.fixture
+def half_is_slow(monkeypatch):
+    """A processor without instructions for half precision: from three rows on it goes through float32."""
+    rows = Float32Rows(weight=3, packed=3)
+    monkeypatch.setattr(products, "float32_rows", lambda dtype: rows if dtype in HALVES else None)
 
 
 @pytest.fixture
@@ -57,6 +67,73 @@ def test_linear_can_be_differentiated_twice(always_large):
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-5)
 
 
+def rounded_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a sum without error becomes in a format: the nearest number of it."""
+    return exact.detach().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_slow_half_precision_goes_through_float32_and_is_rounded_once(half_is_slow, dtype, shape):
+    x, weight = (torch.randn(size).to(dtype).requires_grad_() for size in (shape, (7, 5)))
+    upstream = torch.randn(*shape[:-1], 7).to(dtype)
+    out = linear(x, weight)
+    out.backward(upstream)
+    assert torch.equal(out, rounded_once(by_hand(x, weight), dtype))
+    assert torch.equal(x.grad, rounded_once(by_hand(upstream, weight.detach().T), dtype))
+    rows = torch.einsum("rk,rd->kd", upstream.reshape(-1, 7).double(), x.detach().reshape(-1, 5).double())
+    assert torch.equal(weight.grad, rounded_once(rows, dtype))
+
+
+def test_slow_half_precision_under_autocast_rounds_what_goes_in_and_leaves_gradients_wide(half_is_slow):
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear(x, weight)
+        out.sum().backward()  # autocast is on in the backward pass as well
+    narrow_x, narrow_weight = x.detach().bfloat16(), weight.detach().bfloat16()
+    assert torch.equal(out, rounded_once(by_hand(narrow_x, narrow_weight), torch.bfloat16))
+    assert torch.equal(x.grad, rounded_once(narrow_weight.double().sum(dim=0).expand(3, 5), torch.bfloat16).float())
+    torch.testing.assert_close(weight.grad.double(), narrow_x.double().sum(dim=0).expand(7, 5), atol=1e-6, rtol=0)
+
+
+def test_slow_half_precision_can_be_differentiated_twice(half_is_slow):
+    x, weight = (torch.randn(size).bfloat16().requires_grad_() for size in ((3, 5), (7, 5)))
+    first = torch.autograd.grad(linear(x, weight).float().square().sum(), x, create_graph=True)[0]
+    (second,) = torch.autograd.grad(first.float().sum(), x)
+    exact = 2 * (weight.double().T @ weight.double()).sum(dim=0).expand(3, 5)  # of |x W^T|^2: 2 W^T W
+    torch.testing.assert_close(second.double(), exact, atol=0.3, rtol=0.02)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_slow_half_precision_gives_no_gradient_to_what_is_frozen(half_is_slow, frozen):
+    x, weight = (torch.randn(size).bfloat16() for size in ((3, 5), (7, 5)))
+    (weight if frozen == "x" else x).requires_grad_()
+    linear(x, weight).sum().backward()
+    assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
+
+
+def test_half_precision_keeps_torchs_route_for_few_rows_and_where_dtypes_differ(half_is_slow, monkeypatch):
+    taken = []
+    right = products._HalfProduct.apply
+    monkeypatch.setattr(products._HalfProduct, "apply", lambda *given: taken.append(len(given[0])) or right(*given))
+    x, weight = torch.randn(4, 5).bfloat16(), torch.randn(7, 5).bfloat16()
+    for rows in (2, 3, 4):
+        linear(x[:rows], weight)
+    linear(x.float(), weight.float())
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x.half(), weight)
+    assert taken == [3, 4]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_packed_half_precision_is_kept_in_float32_where_that_is_faster(half_is_slow, dtype):
+    x, weight, onto = (torch.randn(size).to(dtype) for size in ((3, 19), (33, 19), (3, 33)))
+    exact = by_hand(x, weight)
+    torch.testing.assert_close(pack(weight, rows=3)(x), rounded_once(exact, dtype), atol=0, rtol=0.01)
+    found = pack(weight, rows=3)(x, onto=onto)
+    torch.testing.assert_close(found, rounded_once(exact + onto.double(), dtype), atol=1e-3, rtol=0.01)
+
+
 def test_linear_follows_autocast(always_large):
     x, weight = torch.randn(3, 5), torch.randn(7, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -80,6 +157,9 @@ def test_packed_weights_give_the_product(dtype, rows):
     kept = weight.clone()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(pack(weight, rows=rows)(x).double(), by_hand(x, weight), atol=tolerance, rtol=0)
+    onto = torch.randn(3, 33).to(dtype)
+    found = pack(weight, rows=rows)(x, onto=onto.clone())
+    torch.testing.assert_close(found.double(), by_hand(x, weight) + onto.double(), atol=tolerance, rtol=0)
     assert torch.equal(weight, kept)
 
 
@@ -107,7 +187,7 @@ def test_without_a_working_onednn_everything_goes_by_torchs_own_route(monkeypatc
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     elif fault == "wrong":
         right = products._onednn
-        monkeypatch.setattr(products, "_onednn", lambda x, *, weight: right(x, weight=weight) * 1.01)
+        monkeypatch.setattr(products, "_onednn", lambda x, **given: right(x, **given) * 1.01)
     else:
         monkeypatch.setattr(products, "_onednn", broken)
     x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5)
@@ -115,19 +195,6 @@ def test_without_a_working_onednn_everything_goes_by_torchs_own_route(monkeypatc
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     with torch.no_grad():
         assert torch.equal(pack(weight, rows=3)(x), F.linear(x, weight))
-
-
-@pytest.mark.parametrize(("vendor", "slow"), [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_mkl_is_slow_on_processors_that_are_not_intels(monkeypatch, tmp_path, vendor, slow):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor : 0\nvendor_id : {vendor}\n")
-    monkeypatch.setattr(products, "Path", lambda _: cpuinfo)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    products.mkl_is_slow.cache_clear()
-    try:
-        assert products.mkl_is_slow() is slow
-    finally:
-        products.mkl_is_slow.cache_clear()
 
 
 def test_probing_leaves_random_state_and_settings_alone(fresh_probe):

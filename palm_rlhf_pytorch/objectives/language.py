@@ -175,8 +175,8 @@ class _MeanLoss(torch.autograd.Function):
 def _add_product(total: Tensor | None, error: Tensor, rows: Tensor) -> Tensor:
     """Of total + error.T @ rows the sum, in place, in at least float32; None is nothing yet."""
     if total is None:
-        return at_least_float32(error.t() @ rows)
-    return total.addmm_(error.t(), rows) if error.dtype == total.dtype else total.add_(error.t() @ rows)
+        return at_least_float32(linear(error.t(), rows.t()))
+    return total.addmm_(error.t(), rows) if error.dtype == total.dtype else total.add_(linear(error.t(), rows.t()))
 
 
 def _counted_targets(ids: Tensor, mask: Tensor | None, ignore_index: int | None) -> Tensor:
