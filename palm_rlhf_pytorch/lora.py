@@ -83,12 +83,15 @@ class LayerAdapter(nn.Module):
         self.o = LoRA(inner, dim, r=r, alpha=alpha, generator=generator)
 
     def add_in(self, projected: Tensor, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side (..., inner + 2 dim_head), with what x (..., dim) adds to them."""
+        """Queries, keys and values side by side (..., inner + 2 dim_head), with what x (..., dim) adds to them.
+
+        Without gradients the sum is in the place of `projected`.
+        """
         down, up, _, _ = self.side_by_side()
         return _add_product(projected, x, down, up)
 
     def add_out(self, projected: Tensor, x: Tensor) -> Tensor:
-        """The way out (..., dim), with what x (..., inner) adds to it."""
+        """The way out (..., dim), with what x (..., inner) adds to it; likewise."""
         return _add_product(projected, x, self.o.A, self.o.B * self.o.scale)
 
     def side_by_side(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,9 +109,10 @@ class LayerAdapter(nn.Module):
 def _add_product(base: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Base + x @ down @ up in base's dtype; where that is the adapter's own, in one pass over base."""
     low = x.to(down.dtype) @ down
-    if base.dtype == low.dtype == up.dtype:
-        return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up).unflatten(0, base.shape[:-1])
-    return base + (low @ up).to(base.dtype)
+    if not base.dtype == low.dtype == up.dtype:
+        return base + (low @ up).to(base.dtype)
+    add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+    return add(base.flatten(0, -2), low.flatten(0, -2), up).unflatten(0, base.shape[:-1])
 
 
 class Adapter(nn.Module):

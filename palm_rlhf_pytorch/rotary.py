@@ -20,7 +20,10 @@ GAMMA = 0.4  # section 3.2 of xPos: the smallest scale is GAMMA / (1 + GAMMA) = 
 
 
 class RotaryFactors(NamedTuple):
-    """What queries and keys are multiplied by, xPos scale included; each (b or 1, n, d), float32."""
+    """What queries and keys are multiplied by, xPos scale included; each (b or 1, n, d), float32.
+
+    Pairs are features k and k + d / 2. Sines have the sign they are added with: minus for the first half.
+    """
 
     query_cos: Tensor
     query_sin: Tensor
@@ -44,7 +47,8 @@ def rotary_factors(positions: Tensor, dim_head: int, *, scale_base: int | None =
     positions = positions.reshape(-1, positions.shape[-1]).float()
     pairs = torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float32) / dim_head
     angles = positions[..., None] * THETA**-pairs
-    cos, sin = (torch.cat((half, half), dim=-1) for half in (angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     if scale_base is None:
         return RotaryFactors(cos, sin, cos, sin)
     scale = ((pairs + GAMMA) / (1 + GAMMA)) ** (positions[..., None] / scale_base)
@@ -55,7 +59,7 @@ def rotary_factors(positions: Tensor, dim_head: int, *, scale_base: int | None =
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (..., n, d) by the factors (broadcast against it); computed in float32, returned in x's dtype."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 
 
 def longest_position(dtype: torch.dtype, *, scale_base: int | None) -> int | float:

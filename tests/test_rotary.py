@@ -44,7 +44,7 @@ def test_xpos_shrinks_each_pair_with_distance():
 
 def test_neighbouring_angles_differ_at_all_positions_for_a_bfloat16_query():
     factors = rotary_factors(torch.arange(4096), 2)
-    angles = torch.atan2(factors.query_sin[0, :, 0], factors.query_cos[0, :, 0])
+    angles = torch.atan2(factors.query_sin[0, :, 1], factors.query_cos[0, :, 1])
     steps = angles.diff() % (2 * math.pi)
     torch.testing.assert_close(steps, torch.ones(4095), atol=1e-3, rtol=0)
     assert rotate(torch.ones(4096, 2, dtype=torch.bfloat16), factors.query_cos[0], factors.query_sin[0]).dtype == (

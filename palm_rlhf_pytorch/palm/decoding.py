@@ -1,15 +1,16 @@
 """Decoding: one token of each row through all layers, over keys and values kept so far.
 
 The same function as the model's own pass, written for a step that is repeated: weights laid out for products with few
-rows, heads folded into the query length, rotation as one complex product, nothing allocated that grows, and no number
-asked of the device, so that a CUDA graph can replay it. Shapes: b rows, h heads, d features, v vocabulary.
+rows, heads folded into the query length, queries, keys and values placed and kept in one go, nothing allocated that
+grows, and no number asked of the device, so that a CUDA graph can replay it. On a CPU an operation between two products
+costs some ten times its arithmetic, the caches being full of weights: fewer operations are the faster ones.
+Shapes: b rows, h heads, d features, v vocabulary.
 """
 
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import KVCache
@@ -88,16 +89,16 @@ class Decoder:
         ]
         self.project_vocabulary = _product(self.embedding.detach(), dtype=dtype, rows=rows)
         room = -(-room // SPAN) * SPAN if self.replayable else room
-        shape = (len(blocks), batch, 1, room, self.dim_head)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        # of each layer keys and values, (b, 2, room, d)
+        self.cache = torch.zeros(len(blocks), batch, 2, room, self.dim_head, dtype=dtype, device=device)
         self.hidden_places: Tensor | None = None  # (b, 1, room), minus infinity where a row has nothing to see
         if self.replayable:
             self.hidden_places = torch.full((batch, 1, room), -torch.inf, dtype=dtype, device=device)
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self.filled = 0  # the place again, where the host can read it without waiting
-        self.factors = _complex_factors(room, self.dim_head, scale_base=model.xpos_scale_base, device=device)
-        self.turns = torch.tensor([0] * self.heads + [1], device=device)  # queries by one factor, the key by the other
+        self.factors = _turns(room, self.dim_head, scale_base=model.xpos_scale_base, device=device)
+        self.kinds = torch.tensor([0] * self.heads + [1, 2], device=device)  # of the factors: queries, key, value
 
     def take(self, cache: KVCache, rows: Tensor, sources: Tensor, *, end: int) -> None:
         """Fill rows with what a prefill cached: its rows `sources`, the last token at place end - 1.
@@ -110,13 +111,12 @@ class Decoder:
         """
         start = end - cache.filled
         for layer in range(len(self.layers)):
-            keys = cache.keys[layer, sources, : cache.filled]
-            self.keys[layer, rows, 0, start:end] = rearrange(keys, "b n (two pair) -> b n (pair two)", two=2)
-            self.values[layer, rows, 0, start:end] = cache.values[layer, sources, : cache.filled]
+            for kind, kept in enumerate((cache.keys, cache.values)):
+                self.cache[layer, rows, kind, start:end] = kept[layer, sources, : cache.filled]
         mask = cache.mask[sources, : cache.filled]
         if self.hidden_places is None and (start or not bool(mask.all())):
             self.hidden_places = torch.zeros(
-                len(self.positions), 1, self.keys.shape[3], dtype=self.dtype, device=mask.device
+                len(self.positions), 1, self.cache.shape[3], dtype=self.dtype, device=mask.device
             )
         if self.hidden_places is not None:
             self.hidden_places[rows, 0, :start] = -torch.inf
@@ -129,10 +129,9 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows alone, in ascending order; the cache moves within its memory."""
         count = len(rows)
-        for layer in range(len(self.layers)):
-            for cache in (self.keys[layer], self.values[layer]):
-                cache[:count, :, : self.filled] = cache[rows, :, : self.filled]
-        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        for cache in self.cache:
+            cache[:count, :, : self.filled] = cache[rows, :, : self.filled]
+        self.cache = self.cache[:, :count]
         self.positions = self.positions[rows]
         if self.hidden_places is not None:
             self.hidden_places = self.hidden_places[rows]
@@ -151,18 +150,17 @@ class Decoder:
             span: what the property says.
         """
         x = F.embedding(tokens, self.embedding)
-        factors = self.factors.index_select(0, self.positions).index_select(1, self.turns)[:, None]
+        cos, sin = self.factors.index_select(1, self.positions).index_select(2, self.kinds)
         bias = None
         if self.hidden_places is not None:
             self.hidden_places.index_fill_(2, self.place, 0.0)
             bias = self.hidden_places[:, None, :, :span]
-        caches = (cache.unbind() for cache in (self.keys, self.values))
-        seen = (cache[..., :span, :].unbind() for cache in (self.keys, self.values))
-        for layer, keys, values, *visible in zip(self.layers, *caches, *seen, strict=True):
-            x = x + self._layer(x, layer, keys, values, *visible, factors=factors, bias=bias)
+        seen = (self.cache[:, :, kind : kind + 1, :span].unbind() for kind in range(2))
+        for layer, cache, keys, values in zip(self.layers, self.cache.unbind(), *seen, strict=True):
+            x = self._layer(x, layer, cache, keys, values, cos=cos, sin=sin, bias=bias)
         self.place += 1
         self.positions += 1
-        self.positions.clamp_(max=len(self.factors) - 1)  # a row that has ended goes on, and is not looked at
+        self.positions.clamp_(max=self.factors.shape[1] - 1)  # a row that has ended goes on, and is not looked at
         return self.read_out(_normalise(x, self.norm))
 
     def read_out(self, hidden: Tensor) -> Tensor:
@@ -170,45 +168,50 @@ class Decoder:
         return self.project_vocabulary(hidden.to(self.dtype))
 
     def _layer(
-        self, x: Tensor, layer: DecodingLayer, keys: Tensor, values: Tensor, seen_keys: Tensor, seen_values: Tensor, *,
-        factors: Tensor, bias: Tensor | None,
+        self, x: Tensor, layer: DecodingLayer, cache: Tensor, keys: Tensor, values: Tensor, *, cos: Tensor, sin: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """A layer's update of x (b, d); caches are (b, 1, room, dim_head), what it sees (b, 1, span, dim_head)."""
+        """X (b, d) after a layer; its cache is (b, 2, room, dim_head), the part it sees (b, 1, span, dim_head) each."""
         h, d = self.heads, self.dim_head
-        x = _normalise(x, layer.norm).to(self.dtype)
-        projected = layer.project_in(x)
+        normed = _normalise(x, layer.norm).to(self.dtype)
+        projected = layer.project_in(normed)
         low = layer.low_rank
         if low is not None:
-            projected[:, : (h + 2) * d].addmm_(x @ low.down_in, low.up_in)
+            projected[:, : (h + 2) * d].addmm_(normed @ low.down_in, low.up_in)
         wide = (projected.shape[1] - (h + 2) * d) // 2
-        turning, value, ff, gate = projected.split(((h + 1) * d, d, wide, wide), dim=1)
-        query, key = self._turn(turning.view(-1, 1, h + 1, 2, d // 2), layer.gains, factors).split((h, 1), dim=2)
-        keys.index_copy_(2, self.place, key)
-        values.index_copy_(2, self.place, value.view(-1, 1, 1, d))
+        placing, ff, gate = projected.split(((h + 2) * d, wide, wide), dim=1)
+        placed = self._place(placing.view(-1, h + 2, 2, d // 2), layer.gains, cos, sin)
+        query, kept = placed.view(-1, h + 2, 1, d).split((h, 2), dim=1)
+        cache.index_copy_(2, self.place, kept)
         # all heads see the same keys: one head with h queries reads them once, not h times
-        out = F.scaled_dot_product_attention(query, seen_keys, seen_values, attn_mask=bias, scale=self.scale).flatten(1)
-        update = layer.project_out(torch.cat((out, F.silu(gate, inplace=True).mul_(ff)), dim=1))
-        return update if low is None else update.addmm_(out @ low.down_out, low.up_out)
+        query = query.transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=self.scale).flatten(1)
+        both = torch.cat((out, F.silu(gate, inplace=True).mul_(ff)), dim=1)
+        x = layer.project_out(both, onto=x) if x.dtype == self.dtype else x + layer.project_out(both)
+        return x if low is None else x.add_((out @ low.down_out) @ low.up_out)
 
-    def _turn(self, x: Tensor, gains: Tensor | None, factors: Tensor) -> Tensor:
-        """Queries and key (b, 1, h + 1, 2, d / 2) placed; features come out in pairs, (pair two), (b, 1, h + 1, d)."""
-        x = at_least_float32(x)
+    def _place(self, x: Tensor, gains: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries, key and value (b, h + 2, 2, d / 2), halves of their pairs apart; the value stays as it is."""
         if gains is not None:
-            x = F.rms_norm(x, x.shape[-2:], eps=RMS_EPS) * gains
-        pairs = torch.complex(*x.unbind(dim=3)).mul_(factors)
-        return torch.view_as_real(pairs).flatten(-2).to(self.dtype)
+            normed = F.rms_norm(at_least_float32(x[:, :-1]), x.shape[-2:], eps=RMS_EPS) * gains
+            x = torch.cat((normed, x[:, -1:].to(normed.dtype)), dim=1)
+        return (x * cos).addcmul_(x.flip(2), sin).to(self.dtype)
 
 
 def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, None, norm.eps)
 
 
-def _complex_factors(room: int, dim_head: int, *, scale_base: int | None, device: torch.device) -> Tensor:
-    """What the pairs of a query and of a key at each position are multiplied by, (room, 2, dim_head / 2), complex."""
+def _turns(room: int, dim_head: int, *, scale_base: int | None, device: torch.device) -> Tensor:
+    """What a query, a key and a value at each position are turned by, (2, room, 3, 2, dim_head / 2).
+
+    Cosines are for the halves (first, second) of all pairs, and sines for (second, first).
+    """
     factors = rotary_factors(torch.arange(room, device=device), dim_head, scale_base=scale_base)
-    query, key = ((factors.query_cos, factors.query_sin), (factors.key_cos, factors.key_sin))
-    half = dim_head // 2
-    return torch.stack([torch.complex(cos[0, :, :half], sin[0, :, :half]) for cos, sin in (query, key)], dim=1)
+    one, none = torch.ones_like(factors.query_cos), torch.zeros_like(factors.query_sin)
+    cos = torch.cat((factors.query_cos, factors.key_cos, one)).unflatten(-1, (2, -1))
+    sin = torch.cat((factors.query_sin, factors.key_sin, none)).unflatten(-1, (2, -1))
+    return torch.stack((cos, sin)).transpose(1, 2).contiguous()
 
 
 def _as_block(layer: nn.Module, index: int) -> ParallelTransformerBlock:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import KVCache, document_starts, place_tokens
+from palm_rlhf_pytorch.heap import keep_freed_memory
 from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.objectives.language import chunked_next_token_loss, target_mask
 from palm_rlhf_pytorch.palm.block import ParallelTransformerBlock, Pass
@@ -157,6 +158,7 @@ class PaLM(PaLMFiles, nn.Module):
         Raises:
             ValueError: if a row, or a document, is longer than `max_length`.
         """
+        keep_freed_memory()
         tokens = seq.shape[1]
         positions, allowed = place_tokens(
             tokens, mask, cache, causal=self.causal, device=seq.device, documents=documents

@@ -126,7 +126,7 @@ def test_spans_are_multiples_and_the_room_is_one(make_palm):
     for decoder.filled in (0, SPAN - 1, SPAN, 2 * SPAN, 2 * SPAN + 6):
         spans.append(decoder.span)
     assert spans == [SPAN, SPAN, 2 * SPAN, 3 * SPAN, 3 * SPAN]
-    assert decoder.keys.shape[-2] == 3 * SPAN
+    assert decoder.cache.shape[-2] == 3 * SPAN
 
 
 def test_a_layer_in_a_wrapper_is_refused_not_left_out(make_palm):
