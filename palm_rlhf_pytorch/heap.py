@@ -18,4 +18,4 @@ LESSON = 2**25 - 2**16  # bytes: just under the largest that is learnt from, hea
 @cache
 def keep_freed_memory() -> None:
     """Free one block of that size, never touched, as any program might."""
-    torch.empty(LESSON, dtype=torch.uint8, device="cpu")
+    torch.UntypedStorage(LESSON, device="cpu")

@@ -90,6 +90,12 @@ class LayerAdapter(nn.Module):
         down, up, _, _ = self.side_by_side()
         return _add_product(projected, x, down, up)
 
+    def add_seen(self, projected: Tensor, x: Tensor) -> Tensor:
+        """Keys and values alone (..., 2 dim_head), with what x (..., dim) adds to them; likewise."""
+        down, up, out, _ = self.side_by_side()
+        rank, inner = len(self.q.B), len(out)
+        return _add_product(projected, x, down[:, rank:], up[rank:, inner:])
+
     def add_out(self, projected: Tensor, x: Tensor) -> Tensor:
         """The way out (..., dim), with what x (..., inner) adds to it; likewise."""
         return _add_product(projected, x, self.o.A, self.o.B * self.o.scale)

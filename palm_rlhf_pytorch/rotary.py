@@ -59,7 +59,8 @@ def rotary_factors(positions: Tensor, dim_head: int, *, scale_base: int | None =
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (..., n, d) by the factors (broadcast against it); computed in float32, returned in x's dtype."""
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
+    # not addcmul, which rounds once or twice as the layout has it: a row's bits would depend on its neighbours
+    return (x * cos).add_(torch.cat((second, first), dim=-1) * sin).to(x.dtype)
 
 
 def longest_position(dtype: torch.dtype, *, scale_base: int | None) -> int | float:

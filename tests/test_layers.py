@@ -30,7 +30,7 @@ LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed
 TREE = [
     (-1, "", "typecheck"),
     (-1, "", "heap"),
-    (-1, "", "processor"),
+    (-2, "", "processor"),
     (-1, "", "products"),
     (-1, "", "tensors"),
     (-1, "", "truncation"),

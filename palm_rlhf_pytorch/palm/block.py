@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from palm_rlhf_pytorch.attention import attend
+from palm_rlhf_pytorch.attention import attend, attention_mask
 from palm_rlhf_pytorch.lora import LayerAdapter
 from palm_rlhf_pytorch.products import linear
 from palm_rlhf_pytorch.rotary import RotaryFactors, rotate
@@ -64,13 +64,25 @@ class ParallelTransformerBlock(nn.Module):
         *,
         lora: LayerAdapter | None = None,
         store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        since: int = 0,
     ) -> Tensor:
-        """The layer's update of x (b, n, d); `store` swaps new keys and values for all that a cache holds."""
+        """The layer's update of x (b, n, d).
+
+        Args:
+            x: features.
+            common: what layers have in common.
+            lora: the layer's adapter.
+            store: swaps new keys and values for all that a cache holds.
+            since: the first place whose update is wanted; of those before it only keys and values are computed.
+
+        Returns:
+            (b, n - since, d).
+        """
         if not common.recompute:
-            return self._update(x, common, lora, store)
+            return self._update(x, common, lora, store, since)
         random = common.attn_dropout > 0 or common.ff_dropout > 0
         update: Tensor = checkpoint(
-            self._update, x, common, lora, store, use_reentrant=False, preserve_rng_state=random
+            self._update, x, common, lora, store, since, use_reentrant=False, preserve_rng_state=random
         )
         return update
 
@@ -80,30 +92,43 @@ class ParallelTransformerBlock(nn.Module):
         common: Pass,
         lora: LayerAdapter | None,
         store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        since: int,
     ) -> Tensor:
         x = self.norm(x)
-        projected = linear(x, self.in_proj.weight)
+        wanted = x[:, since:]
+        projected = linear(wanted, self.in_proj.weight)
         into, ff, gate = projected.split((sum(self.splits[:3]), *self.splits[3:]), dim=-1)
         if lora is not None:
-            into = lora.add_in(into, x)
+            into = lora.add_in(into, wanted)
         q, k, v = into.split(self.splits[:3], dim=-1)
+        if since:
+            k, v = (torch.cat(parts, dim=1) for parts in zip(self._seen(x[:, :since], lora), (k, v), strict=True))
         q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
         q, k = self._place(q, k, common.rotary)
         if store is not None:
             k, v = store(k, v)
-        out = attend(
-            q, k, v, scale=self.scale, causal=common.causal, mask=common.mask, dropout=common.attn_dropout,
-            fused=self.fused,
-        )  # fmt: skip
+        causal, mask = common.causal, None if common.mask is None else common.mask[:, since:]
+        if since and causal:  # fused kernels count queries from the first key; the last query alone sees all keys
+            alone = q.shape[2] == 1
+            mask = None if alone else attention_mask(None, q.shape[2], k.shape[1], causal=True, device=x.device)
+            causal = False
+        out = attend(q, k, v, scale=self.scale, causal=causal, mask=mask, dropout=common.attn_dropout, fused=self.fused)
         out = rearrange(out, "b h n d -> b n (h d)")
         update = linear(_both(out, ff, gate, dropout=common.ff_dropout), self.out_proj.weight)
         return update if lora is None else lora.add_out(update, out)
 
+    def _seen(self, x: Tensor, lora: LayerAdapter | None) -> tuple[Tensor, ...]:
+        """Keys and values alone of normalised features (b, n, d), not yet placed, (b, n, dim_head) each."""
+        inner, *kept = self.splits[:3]
+        projected = linear(x, self.in_proj.weight[inner : inner + sum(kept)])
+        return (projected if lora is None else lora.add_seen(projected, x)).split(kept, dim=-1)
+
     def _place(self, q: Tensor, k: Tensor, rotary: RotaryFactors) -> tuple[Tensor, Tensor]:
-        """Normalise where asked, then turn queries (b, h, n, d) and keys (b, n, d) by their positions."""
+        """Normalise where asked, then turn queries (b, h, i, d), the last of them, and keys (b, n, d) by positions."""
         if self.q_norm is not None and self.k_norm is not None:  # |q| = |k| = 1, so that qk_scale bounds the logits
             q, k = self.q_norm(q) * self.dim_head**-0.5, self.k_norm(k) * self.dim_head**-0.5
-        query_factors = (rearrange(factor, "b n d -> b 1 n d") for factor in (rotary.query_cos, rotary.query_sin))
+        last = slice(k.shape[1] - q.shape[2], None)
+        query_factors = (factor[:, None, last] for factor in (rotary.query_cos, rotary.query_sin))
         return rotate(q, *query_factors), rotate(k, rotary.key_cos, rotary.key_sin)
 
     @torch.no_grad()

@@ -99,6 +99,7 @@ class Decoder:
         self.filled = 0  # the place again, where the host can read it without waiting
         self.factors = _turns(room, self.dim_head, scale_base=model.xpos_scale_base, device=device)
         self.kinds = torch.tensor([0] * self.heads + [1, 2], device=device)  # of the factors: queries, key, value
+        self.signs = torch.tensor([-1.0, 1.0], device=device)[:, None]  # of the sines, for halves (second, first)
 
     def take(self, cache: KVCache, rows: Tensor, sources: Tensor, *, end: int) -> None:
         """Fill rows with what a prefill cached: its rows `sources`, the last token at place end - 1.
@@ -151,6 +152,7 @@ class Decoder:
         """
         x = F.embedding(tokens, self.embedding)
         cos, sin = self.factors.index_select(1, self.positions).index_select(2, self.kinds)
+        sin = sin * self.signs
         bias = None
         if self.hidden_places is not None:
             self.hidden_places.index_fill_(2, self.place, 0.0)
@@ -195,7 +197,7 @@ class Decoder:
         if gains is not None:
             normed = F.rms_norm(at_least_float32(x[:, :-1]), x.shape[-2:], eps=RMS_EPS) * gains
             x = torch.cat((normed, x[:, -1:].to(normed.dtype)), dim=1)
-        return (x * cos).addcmul_(x.flip(2), sin).to(self.dtype)
+        return (x * cos).add_(x.flip(2) * sin).to(self.dtype)
 
 
 def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -203,15 +205,12 @@ def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _turns(room: int, dim_head: int, *, scale_base: int | None, device: torch.device) -> Tensor:
-    """What a query, a key and a value at each position are turned by, (2, room, 3, 2, dim_head / 2).
-
-    Cosines are for the halves (first, second) of all pairs, and sines for (second, first).
-    """
+    """Cosines and sines that turn a query, a key and a value at each position, (2, room, 3, 1, dim_head / 2)."""
     factors = rotary_factors(torch.arange(room, device=device), dim_head, scale_base=scale_base)
     one, none = torch.ones_like(factors.query_cos), torch.zeros_like(factors.query_sin)
-    cos = torch.cat((factors.query_cos, factors.key_cos, one)).unflatten(-1, (2, -1))
-    sin = torch.cat((factors.query_sin, factors.key_sin, none)).unflatten(-1, (2, -1))
-    return torch.stack((cos, sin)).transpose(1, 2).contiguous()
+    cos = torch.stack((factors.query_cos, factors.key_cos, one), dim=2)
+    sin = torch.stack((factors.query_sin, factors.key_sin, none), dim=2)
+    return torch.cat((cos, sin))[..., None, dim_head // 2 :].contiguous()
 
 
 def _as_block(layer: nn.Module, index: int) -> ParallelTransformerBlock:

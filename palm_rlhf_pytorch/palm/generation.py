@@ -92,9 +92,10 @@ class LanguageModel(Protocol):
         ...
 
     def embed(
-        self, seq: Tensor, *, mask: Tensor | None, adapter: Adapter | None, dropout: float | None, cache: KVCache | None
-    ) -> Tensor:
-        """Final hidden states (b, n, d) of tokens (b, n)."""
+        self, seq: Tensor, *, mask: Tensor | None, adapter: Adapter | None, dropout: float | None,
+        cache: KVCache | None, since: int,
+    ) -> Tensor:  # fmt: skip
+        """Final hidden states (b, n - since, d) of tokens (b, n), from a place on."""
         ...
 
     def new_decoder(self, *, batch: int, room: int, adapter: Adapter | None, steps: int) -> Decoder:
@@ -270,8 +271,13 @@ def _prefill(
         mask = ids >= 0
         cache = model.new_cache(len(chosen), longest)
         found = model.embed(
-            ids.clamp(min=0), mask=None if bool(mask.all()) else mask, adapter=adapter, dropout=0.0, cache=cache
-        )[:, -1]
+            ids.clamp(min=0),
+            mask=None if bool(mask.all()) else mask,
+            adapter=adapter,
+            dropout=0.0,
+            cache=cache,
+            since=longest - 1,
+        )[:, 0]
         rows, sources = (which[:, None] == chosen).nonzero().unbind(dim=1)
         decoder.take(cache, rows, sources, end=length)
         hidden = found.new_zeros(len(prompts), found.shape[-1]) if hidden is None else hidden

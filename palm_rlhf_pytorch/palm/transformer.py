@@ -142,9 +142,9 @@ class PaLM(PaLMFiles, nn.Module):
     def embed(
         self, seq: Tensor, *, mask: Tensor | None = None, adapter: Adapter | None = None,
         extra_embed: Tensor | None = None, dropout: float | None = None, cache: KVCache | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | None = None, since: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Hidden states after the last norm, (b, n, d); ids are trusted here, `forward` checks them.
+        """Hidden states after the last norm, (b, n - since, d); ids are trusted here, `forward` checks them.
 
         Args:
             seq: token ids, (b, n).
@@ -154,6 +154,7 @@ class PaLM(PaLMFiles, nn.Module):
             dropout: probability for this pass in place of the model's own; 0 turns dropout off whatever the mode.
             cache: keys and values so far; the new tokens are added to it.
             documents: see `forward`; not with a cache.
+            since: the first place whose hidden state is wanted, from 0; the last layer is computed from there on.
 
         Raises:
             ValueError: if a row, or a document, is longer than `max_length`.
@@ -175,8 +176,10 @@ class PaLM(PaLMFiles, nn.Module):
         x = self.token_emb(seq)
         x = x if extra_embed is None else x + extra_embed.to(x.dtype)
         for index, layer in enumerate(self.layers):
+            first = since if index == len(self.layers) - 1 else 0
             lora = None if adapter is None else adapter.layer(index)
-            x = x + layer(x, common, lora=lora, store=None if cache is None else partial(cache.store, index))
+            store = None if cache is None else partial(cache.store, index)
+            x = x[:, first:] + layer(x, common, lora=lora, store=store, since=first)
         return self.norm(x)
 
     def to_logits(self, hidden: Tensor) -> Tensor:

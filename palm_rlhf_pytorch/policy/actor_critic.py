@@ -82,10 +82,10 @@ class Hat(nn.Module):
         """The model whose weights the pass goes through."""
         return trunk if self.copy is None else self.copy
 
-    def embed(self, trunk: PaLM, sequences: Tensor) -> Tensor:
-        """Hidden states (b, n, d); this hat's dropout, and in train mode only."""
+    def embed(self, trunk: PaLM, sequences: Tensor, *, since: int = 0) -> Tensor:
+        """Hidden states from a place on, (b, n - since, d); this hat's dropout, and in train mode only."""
         dropout = self.dropout if self.training else 0.0
-        return self.model(trunk).embed(sequences, adapter=self.adapter, dropout=dropout)
+        return self.model(trunk).embed(sequences, adapter=self.adapter, dropout=dropout, since=since)
 
 
 class ActorCritic(nn.Module):
@@ -196,7 +196,7 @@ class ActorCritic(nn.Module):
             PolicyOutput, (b, t) each.
         """
         at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
-        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
+        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences, since=at.since))
         values = self._values(sequences, at)
         options = self.truncation._asdict() | {"temperature": temperature, "entropy_grad": entropy_grad}
         if not kl_grad:
@@ -221,7 +221,7 @@ class ActorCritic(nn.Module):
     ) -> Observation:
         """What `forward` gives, and the reference beside it, from one pass of each hat; arguments as there."""
         at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
-        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
+        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences, since=at.since))
         found = compared_logprobs(
             hidden, model.token_emb.weight, at.ids, ref_hidden=self._ref_hidden(sequences, at),
             ref_weight=self.palm.token_emb.weight, temperature=temperature, **self.truncation._asdict(),
@@ -235,20 +235,20 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         """The log-probabilities of `forward` alone, (b, t), from one pass of the actor; arguments as there."""
         at = _places(sequences, prompt_lengths, response_length, lengths, None)
-        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences))
+        model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences, since=at.since))
         options = self.truncation._asdict() | {"temperature": temperature, "entropy_grad": False}
         return at.put(chosen_logprobs(hidden, model.token_emb.weight, at.ids, **options).logprobs)
 
     @torch.no_grad()
     def _ref_hidden(self, sequences: Tensor, at: "Places") -> Tensor:
         """The reference's hidden states before the places' tokens, (m, d)."""
-        return at.before(self.palm.embed(sequences, dropout=0.0))
+        return at.before(self.palm.embed(sequences, dropout=0.0, since=at.since))
 
     def _values(self, sequences: Tensor, at: "Places") -> Tensor:
         """The critic's values before the places' tokens, (b, t); 0 without a critic."""
         if self.critic is None or self.value_head is None:
             return torch.zeros(at.shape, device=sequences.device)
-        hidden = at.before(self.critic.embed(self.palm, sequences))
+        hidden = at.before(self.critic.embed(self.palm, sequences, since=at.since))
         return at.put(self.value_head(hidden.to(self.value_head.weight.dtype))[..., 0].float())
 
     def generate(
@@ -296,18 +296,20 @@ class Places(NamedTuple):
     """Which response tokens are read out, m of them.
 
     shape: (b, t).
+    since: the place before the first of them in all rows, if known: hidden states are needed from there on.
     slots: where they belong in (b t), (m,); None where they are all of it.
-    sources: where the token before each stands in (b n), (m,): what predicts it, and what values it.
+    sources: where the token before each stands in (b (n - since)), (m,): what predicts it, and what values it.
     ids: the tokens themselves, (m,).
     """
 
     shape: tuple[int, int]
+    since: int
     slots: Tensor | None
     sources: Tensor
     ids: Tensor
 
     def before(self, hidden: Tensor) -> Tensor:
-        """Of hidden states (b, n, d) those of the token before each, (m, d)."""
+        """Of hidden states (b, n - since, d) those of the token before each, (m, d)."""
         return rearrange(hidden, "b n d -> (b n) d").index_select(0, self.sources)
 
     def put(self, values: Tensor) -> Tensor:
@@ -331,5 +333,7 @@ def _places(
         step = torch.arange(len(rows), device=device) - (lengths.cumsum(0) - lengths)[rows]
         slots = rows * steps + step
     place = prompt_lengths[rows] + step
-    sources, targets = (rows * total + index.clamp(max=total - 1) for index in (place - 1, place))
-    return Places((batch, steps), slots, sources, sequences.flatten()[targets])
+    since = int(prompt_lengths.min()) - 1 if device.type == "cpu" else 0  # another device would be waited for
+    sources = rows * (total - since) + (place - 1).clamp(max=total - 1) - since
+    targets = rows * total + place.clamp(max=total - 1)
+    return Places((batch, steps), since, slots, sources, sequences.flatten()[targets])

@@ -236,9 +236,13 @@ class RewardModel(RewardModelFiles, nn.Module):
         """What the head gives, (b, c or 1), in float32 whatever the trunk's dtype and autocast."""
         kinds = torch.where(texts.prompt_mask[..., None], self.prompt_embed, self.response_embed)
         dropout = self.settings.dropout if self.training else 0.0
-        hidden = self.palm.embed(texts.seq, mask=texts.mask, adapter=self.adapter, extra_embed=kinds, dropout=dropout)
+        # nothing before the first place that is pooled is looked at; another device would be waited for
+        since = int(texts.pooled.any(dim=0).int().argmax()) if texts.pooled.device.type == "cpu" else 0
+        hidden = self.palm.embed(
+            texts.seq, mask=texts.mask, adapter=self.adapter, extra_embed=kinds, dropout=dropout, since=since
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            features = masked_mean(hidden, texts.pooled, dim=1)
+            features = masked_mean(hidden, texts.pooled[:, since:], dim=1)
             return self.head(features.to(self.head.weight.dtype)).float()
 
     def _scores(self, outputs: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_block_equals_a_loop_over_tokens_and_heads(fused):
 def test_qk_rmsnorm_bounds_the_products_by_its_scale():
     """With unit queries and keys a token that matches one key perfectly gives the product qk_scale."""
     block = make_block(qk_rmsnorm=True, qk_scale=6.0)
-    q, k = torch.randn(1, 3, 1, 4) * 50, torch.randn(1, 7, 4) * 0.1
+    q, k = torch.randn(1, 3, 7, 4) * 50, torch.randn(1, 7, 4) * 0.1
     q, k = block._place(q, k, rotary_factors(torch.zeros(7, dtype=torch.long), 4))
     torch.testing.assert_close(q.norm(dim=-1), torch.ones(1, 3, 7), atol=1e-3, rtol=0)
     torch.testing.assert_close(k.norm(dim=-1), torch.ones(1, 7), atol=1e-2, rtol=0)

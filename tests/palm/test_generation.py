@@ -181,9 +181,9 @@ class Script:
             depth=1, batch=batch, max_length=max_length, dim_head=2, dtype=torch.float32, device=torch.device("cpu")
         )
 
-    def embed(self, seq: torch.Tensor, *, mask, adapter, dropout, cache) -> torch.Tensor:
+    def embed(self, seq: torch.Tensor, *, mask, adapter, dropout, cache, since) -> torch.Tensor:
         self.prefilled = seq[:, 0]
-        return seq[:, :1, None].expand(-1, seq.shape[1], 1)
+        return seq[:, :1, None].expand(-1, seq.shape[1] - since, 1)
 
     def new_decoder(self, *, batch: int, room: int, adapter, steps: int) -> "Script":
         return self

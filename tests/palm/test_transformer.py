@@ -436,3 +436,44 @@ def test_masks_that_do_not_fit_are_refused(make_palm, mask, error, message):
 def test_a_row_of_negative_ids_alone_is_refused(make_palm):
     with pytest.raises(ValueError, match="row 1 is all padding"):
         make_palm(causal=False)(torch.tensor([[3, -1], [-1, -1]]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"qk_rmsnorm": True}, {"causal": False}, {"depth": 1}, {"heads": 1}])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("since", [1, 4, 6])
+def test_hidden_states_from_a_place_on_are_those_of_the_whole_pass(make_palm, settings, padding, since):
+    palm = make_palm(finetune_scopes=("a",), **settings)
+    ids, extra = torch.randint(0, 37, (3, 7)), torch.randn(3, 7, palm.dim)
+    mask = torch.tensor([7, 3, 5])[:, None] > torch.arange(7)
+    mask = {None: None, "left": mask.flip(-1), "right": mask}[padding]
+    given = {"mask": mask, "adapter": palm.finetune_modules["a"], "extra_embed": extra}
+    real = torch.ones(3, 7 - since, dtype=torch.bool) if mask is None else mask[:, since:]
+    whole, late = palm.embed(ids, **given)[:, since:], palm.embed(ids, **given, since=since)
+    assert late.shape == whole.shape
+    torch.testing.assert_close(late[real], whole[real], atol=1e-5, rtol=0)
+    weights = [*palm.parameters()]
+    upstream = torch.randn_like(whole) * real[..., None]
+    expected, found = (torch.autograd.grad(x, weights, upstream, materialize_grads=True) for x in (whole, late))
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_holds_all_places_whatever_was_asked_for(make_palm, ragged, padded):
+    palm = make_palm()
+    ids, mask = ragged(7, 2, 5) if padded else (torch.randint(0, 37, (3, 7)), None)
+    caches = [palm.new_cache(3, 9) for _ in range(2)]
+    whole, last = (palm.embed(ids, mask=mask, cache=cache, since=at) for cache, at in zip(caches, (0, 6), strict=True))
+    torch.testing.assert_close(last, whole[:, 6:], atol=1e-5, rtol=0)
+    for name in ("keys", "values"):
+        torch.testing.assert_close(getattr(caches[0], name), getattr(caches[1], name), atol=1e-5, rtol=0)
+
+
+def test_recomputed_layers_give_the_same_from_a_place_on(make_palm):
+    palm, ids = make_palm(), torch.randint(0, 37, (2, 7))
+    expected = torch.autograd.grad(palm.embed(ids, since=3).square().sum(), [*palm.parameters()])
+    palm.set_activation_checkpointing()
+    found = torch.autograd.grad(palm.embed(ids, since=3).square().sum(), [*palm.parameters()])
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)

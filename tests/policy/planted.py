@@ -92,7 +92,9 @@ def always_dropping(hat):
         trainer = build()
         found = getattr(trainer.actor_critic, hat)
         patch.setattr(
-            found, "embed", lambda trunk, ids: found.model(trunk).embed(ids, adapter=found.adapter, dropout=0.3)
+            found,
+            "embed",
+            lambda trunk, ids, **at: found.model(trunk).embed(ids, adapter=found.adapter, dropout=0.3, **at),
         )
         return trainer, {}
 
@@ -138,7 +140,7 @@ def a_critic_that_sees_padding(build, patch):
     trainer = build()
     found = trainer.actor_critic.critic
     real = found.embed
-    patch.setattr(found, "embed", lambda trunk, ids: real(trunk, ids) + 0.01 * ids.shape[1])
+    patch.setattr(found, "embed", lambda trunk, ids, **at: real(trunk, ids, **at) + 0.01 * ids.shape[1])
     return trainer, {}
 
 
@@ -173,7 +175,7 @@ def a_layer_that_heeds_train_mode(build, patch):
     trainer = build()
     found = trainer.actor_critic.actor
     real = found.embed
-    patch.setattr(found, "embed", lambda trunk, ids: real(trunk, ids) * (1.02 if found.training else 1.0))
+    patch.setattr(found, "embed", lambda trunk, ids, **at: real(trunk, ids, **at) * (1.02 if found.training else 1.0))
     return trainer, {}
 
 
@@ -221,7 +223,8 @@ def values_read_from_the_actor(build, patch):
     real = ActorCritic._values
 
     def both(self, sequences, at):
-        return real(self, sequences, at) + at.put(at.before(self.actor.embed(self.palm, sequences))[:, 0].float())
+        hidden = self.actor.embed(self.palm, sequences, since=at.since)
+        return real(self, sequences, at) + at.put(at.before(hidden)[:, 0].float())
 
     patch.setattr(ActorCritic, "_values", both)
     return build(), {}
