@@ -24,6 +24,7 @@ from palm_rlhf_pytorch.training.atomic import nature, replacing
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model computes in
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of files that may hold weights
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
@@ -74,7 +75,7 @@ class HubModel:
             token: for private and gated repositories; None takes the one of `hf auth login`.
             local_files_only: take what the cache has, ask nobody.
             force_download: download again what the cache has.
-            dtype: torch.float32, bfloat16 or float16 for the language model's weights; None keeps the file's.
+            dtype: torch.float32, bfloat16, float16 or float64 for the language model's weights; None keeps the file's.
                 Adapters and heads are float32 always. float16's range ends rows at 3,115 tokens (see `max_length`).
             device: where the model goes.
             arguments: of the constructor, for what a file leaves open (qk_scale, say) or what is to be otherwise than
@@ -85,10 +86,10 @@ class HubModel:
             ConnectionError: if the Hub cannot be reached and the cache has no copy.
             PermissionError: if the repository is gated or private.
             ValueError: if there are several files of weights, or they are no such model's; keys and shapes are named.
-            TypeError: if dtype is no floating-point dtype, or an argument is unknown.
+            TypeError: if dtype is none of these, or an argument is unknown.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype ({dtype!r}) must be torch.float32, torch.bfloat16 or torch.float16, or None")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype ({dtype!r}) must be {', '.join(map(str, DTYPES))} or None")
         found = locate(
             name_or_path, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
             force_download=force_download,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.palm import hub
-from palm_rlhf_pytorch.palm.hub import choose_weights
+from palm_rlhf_pytorch.palm.hub import DTYPES, choose_weights
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import tokenizer_of
 
@@ -166,10 +166,21 @@ def test_what_is_no_repository_s_name_is_not_asked_for(name, monkeypatch):
         PaLM.from_pretrained(name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", torch.int8, 16])
-def test_dtype_must_be_torch_s_and_floating(folder, dtype):
-    with pytest.raises(TypeError, match=r"dtype \(.*\) must be torch\.float32"):
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, torch.float8_e4m3fn, torch.complex64, 16])
+def test_dtype_must_be_one_that_a_model_computes_in(folder, dtype):
+    with pytest.raises(TypeError, match=r"dtype \(.*\) must be torch\.float32, .*torch\.float64 or None"):
         PaLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_computes_in_each_dtype_that_it_may_be_read_in(folder, make_palm, dtype):
+    found = PaLM.from_pretrained(folder, dtype=dtype)
+    converted = make_palm(qk_rmsnorm=True, finetune_scopes=["a"]).to(dtype)
+    assert found(IDS).dtype == dtype and torch.equal(found(IDS), converted(IDS))
+    assert {weight.dtype for weight in found.finetune_modules.parameters()} == {torch.float32}
+    found(IDS, return_loss=True, finetune_scope="a").backward()
+    assert found.token_emb.weight.grad.isfinite().all()
+    assert found.generate(9, prompt=IDS, finetune_scope="a").shape == (1, 3)
 
 
 # the Hub
