@@ -6,12 +6,11 @@ imported when it is needed, since that takes longer than all of this package. Kn
 """
 
 import json
-import os
 import re
-import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -21,6 +20,7 @@ from palm_rlhf_pytorch.palm.pretrained import PUBLISHED
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
 from palm_rlhf_pytorch.training.atomic import nature, replacing
+from palm_rlhf_pytorch.training.folder import NewFolder
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -157,21 +157,17 @@ def write_folder(
 ) -> None:  # fmt: skip
     """Write weights, config.json, a card and maybe a tokenizer.
 
-    A new folder appears whole, in an old one each file is replaced whole.
-
+    A new folder appears whole (training/folder.py), in an old one each file is replaced whole and all others stay.
     The weights carry their configuration too: after a kill between two files, `from_pretrained` takes theirs.
 
     Raises:
         ValueError: if folder is a file.
-        OSError: if the disk refuses.
+        OSError: if the disk refuses, or another process puts something there meanwhile.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is {'a file' if folder.is_file() else nature(folder)}; give the path of a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = not folder.exists()
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:50]}.")) if new else folder
-    try:
+    with _appearing_whole(folder) as place:
         if tokenizer is not None:
             save_tokenizer(tokenizer, place)
         save_tensors(place / WEIGHTS, tensors, kind=kind, config=config, extra=extra)
@@ -179,12 +175,21 @@ def write_folder(
         _write_text(place / CONFIG, json.dumps(record, indent=2) + "\n")
         if not (place / CARD).exists():
             _write_text(place / CARD, card(kind))
-        if new:
-            place.chmod(0o777 & ~_umask())
-            os.rename(place, folder)
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """Where to write a folder's files: in it if it is there, else in one that has its name once the block ends well."""
+    if folder.exists():
+        yield folder
+        return
+    new = NewFolder(folder)
+    try:
+        new.make(ours=lambda name: False)
+        yield new.partial
+        new.place(over_old=False)
     finally:
-        if new:
-            shutil.rmtree(place, ignore_errors=True)
+        new.close()
 
 
 def card(kind: str) -> str:
@@ -229,12 +234,6 @@ def read_config(path: Path) -> dict[str, Any]:
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # where a model is

@@ -18,6 +18,8 @@ from palm_rlhf_pytorch.palm import hub
 from palm_rlhf_pytorch.palm.hub import DTYPES, choose_weights
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import tokenizer_of
+from palm_rlhf_pytorch.training.folder import NewFolder
+from palm_rlhf_pytorch.training.tensor_file import save_tensors
 
 IDS = torch.tensor([[3, 9, 4, 30, 1, 7]])
 
@@ -94,6 +96,33 @@ def test_failure_leaves_no_folder_and_no_changed_one(make_palm, folder, tmp_path
     assert os.listdir(tmp_path) == ["m"] and (folder / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match=r"model\.safetensors is a file; give the path of a folder"):
         make_palm().save_pretrained(folder / "model.safetensors")
+
+
+def test_folder_that_appears_while_a_new_one_is_written_is_kept(make_palm, tmp_path, monkeypatch):
+    def meanwhile(path, *args, **kwargs):
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "notes.txt").write_text("kept")
+        save_tensors(path, *args, **kwargs)
+
+    monkeypatch.setattr(hub, "save_tensors", meanwhile)
+    with pytest.raises(OSError, match="Directory not empty .* what stood there is untouched"):
+        make_palm().save_pretrained(tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"] and os.listdir(tmp_path / "m") == ["notes.txt"]
+
+
+def test_what_a_killed_save_left_is_cleared_away_and_a_living_one_is_let_be(make_palm, tmp_path):
+    (tmp_path / ".m.partial").mkdir()
+    (tmp_path / ".m.partial" / "model.safetensors").write_text("half")
+    make_palm().save_pretrained(tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"]
+    (tmp_path / "mine").mkdir()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "mine").stat().st_mode  # the umask's
+    writing = NewFolder(tmp_path / "other")
+    writing.make(ours=lambda name: False)
+    with pytest.raises(FileExistsError, match="another process is saving to this path"):
+        make_palm().save_pretrained(tmp_path / "other")
+    assert writing.partial.is_dir()
+    writing.close()
 
 
 def test_weights_without_a_record_take_config_json(make_palm, tmp_path, folder):
