@@ -28,6 +28,7 @@ EXTRAS = {
 LATE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh", "beartype")
 # floor, room, files; a file imports from lower floors, and inside its own room from the files before it
 TREE = [
+    (-1, "", "extras"),
     (-1, "", "typecheck"),
     (-1, "", "heap"),
     (-2, "", "processor"),

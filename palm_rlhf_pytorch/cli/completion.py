@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from palm_rlhf_pytorch.extras import needs
+
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 FOLDERS = {"DIR", "FOLDER"}
 # or folders of them
@@ -27,7 +29,7 @@ class PrintCompletion(argparse.Action):
         try:
             import shtab
         except ImportError:
-            parser.exit(2, 'palm-rlhf: error: completion needs shtab: pip install "palm-rlhf-pytorch[completion]"\n')
+            parser.exit(2, f"palm-rlhf: error: {needs('completion', 'shtab', extra='completion')}\n")
         for action in _all_actions(parser):
             names = action.metavar if isinstance(action.metavar, tuple) else (action.metavar,)
             if FOLDERS & set(names):

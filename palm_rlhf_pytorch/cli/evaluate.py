@@ -3,7 +3,7 @@
 import argparse
 import html
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +28,18 @@ from palm_rlhf_pytorch.policy.evaluation import Evaluation, Side, evaluate
 from palm_rlhf_pytorch.text.datasets import read_prompts, read_texts
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
+from palm_rlhf_pytorch.training.page import document, write_page
 
 FIGURES, SAMPLES, PAGE = "evaluation.json", "samples.jsonl", "report.html"
 TEXT_WINDOW = 256  # tokens a model sees at once in --text: what `palm-rlhf pretrain` trains on
 COLUMN = 48  # characters of one side in the terminal
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; }
-th { text-align: left; } td { text-align: right; } td.text { text-align: left; vertical-align: top; width: 42%; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace; }
-.prompt { color: #666; } .note { color: #666; font-size: 13px; } .ahead { background: #eef7ee; }
+:root { --ahead: #eef7ee; }
+@media (prefers-color-scheme: dark) { :root { --ahead: #1d2b22; } }
+.wide { margin: 16px 0; } .samples { width: 100%; table-layout: fixed; }
+pre { white-space: pre-wrap; margin: 0; font-size: 13px; line-height: 1.4; }
+.prompt { color: var(--muted); } .note { color: var(--muted); font-size: 13px; } .ahead { background: var(--ahead); }
 """
 
 
@@ -194,9 +195,9 @@ def _column(name: str, side: Side, row: int) -> list[str]:
 def write_report(found: Evaluation, out: Path, *, names: tuple[str, str], count: int) -> None:
     """Write figures, all samples and the page into a folder, each file whole or not at all."""
     found.to_jsonl(out / SAMPLES)
-    for name, content in ((FIGURES, found.to_json() + "\n"), (PAGE, page(found, names=names, count=count))):
-        with replacing(out / name) as file:
-            file.write(content.encode())
+    with replacing(out / FIGURES) as file:
+        file.write((found.to_json() + "\n").encode())
+    write_page(out / PAGE, page(found, names=names, count=count))
 
 
 def page(found: Evaluation, *, names: tuple[str, str], count: int) -> str:
@@ -210,26 +211,31 @@ def page(found: Evaluation, *, names: tuple[str, str], count: int) -> str:
         *_figures(found),
         *_samples(found, count),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>B against A</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return document("B against A", "\n".join(body), style=STYLE)
 
 
 def _figures(found: Evaluation) -> Iterator[str]:
     """Tables of the judges, then of what does not depend on them."""
     heads = ("judge", "B wins", "95 %", "score of A", "of B", "B - A", "95 %", "pairs left out", "turned by a swap")
-    yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
-    for name, contest in found.contests.items():
-        yield f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in _cells(contest))}</tr>"
-    yield "</table>\n<table><tr><th></th><th>A</th><th>B</th><th>B - A</th><th>95 %</th></tr>"
+    yield from _table(heads, {name: _cells(contest) for name, contest in found.contests.items()})
+    rows = {}
     for name, figure in found.figures().items():
         gap = figure.difference
         cells = [f"{figure.a:.3f}", f"{figure.b:.3f}"]
         cells += ["", ""] if gap is None else [f"{gap.value:+.3f}", gap.interval(signed=True)]
-        yield f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    yield "</table>"
+        rows[name] = cells
+    yield from _table(("", "A", "B", "B - A", "95 %"), rows)
+
+
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A table of numbers that are written out already, each row with its name."""
+    first, *others = heads
+    columns = "".join(f'<th scope="col" class="number">{head}</th>' for head in others)
+    yield f'<div class="wide"><table><tr><th scope="col">{first}</th>{columns}</tr>'
+    for name, cells in rows.items():
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        yield f'<tr><th scope="row">{_text(name)}</th>{numbers}</tr>'
+    yield "</table></div>"
 
 
 def _cells(contest: Contest) -> list[str]:
@@ -246,7 +252,7 @@ def _samples(found: Evaluation, count: int) -> Iterator[str]:
     for kind, rows in found.chosen(count).items():
         if not rows:
             continue
-        yield f"<h2>{_text(kind)}</h2>\n<table><tr><th>A</th><th>B</th></tr>"
+        yield f"<h2>{_text(kind)}</h2>\n<table class=samples><tr><th>A</th><th>B</th></tr>"
         for row in rows:
             prompt, ahead = (
                 found.prompts[int(found.prompt_rows[row])],

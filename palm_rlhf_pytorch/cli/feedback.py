@@ -15,8 +15,9 @@ from typing import Any
 
 from palm_rlhf_pytorch.cli.feedback_data import add_data_actions
 from palm_rlhf_pytorch.cli.feedback_loop import add_live_arguments, add_loop_actions, start_writer
+from palm_rlhf_pytorch.extras import needs
 
-EXTRA = 'needs: pip install "palm-rlhf-pytorch[feedback]"'
+PACKAGES = "Django, django-htmx, waitress and whitenoise"
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -83,6 +84,7 @@ def _with_django(args: argparse.Namespace, run: Run) -> int:
     """Set Django up, then run.
 
     Raises:
+        ImportError: if one of the packages is not installed.
         ValueError: if a variable is wrong, or the database cannot be used.
     """
     try:
@@ -90,9 +92,8 @@ def _with_django(args: argparse.Namespace, run: Run) -> int:
         import django_htmx  # noqa: F401
         import waitress  # noqa: F401
         import whitenoise  # noqa: F401
-    except ImportError:
-        print(f"palm-rlhf feedback: error: {EXTRA}", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        raise ImportError(needs("the feedback app", PACKAGES, extra="feedback")) from error
     _set_variables(args)
     from palm_rlhf_pytorch.feedback.begin import begin
 

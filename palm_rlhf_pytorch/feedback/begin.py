@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.feedback import environment
 
 SETTINGS = "palm_rlhf_pytorch.feedback.settings"
@@ -30,9 +31,7 @@ def begin(*, data_dir: Path | None = None, database: str | None = None) -> None:
         try:
             import psycopg  # noqa: F401
         except ImportError as error:
-            raise ValueError(
-                'a PostgreSQL database needs: pip install "palm-rlhf-pytorch[feedback-postgres]"'
-            ) from error
+            raise ValueError(needs("a PostgreSQL database", "psycopg", extra="feedback-postgres")) from error
     os.environ["DJANGO_SETTINGS_MODULE"] = SETTINGS
     import django
     from django.core.management import call_command

@@ -13,7 +13,7 @@ import torch
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.palm.copying import Scoped, build_from, stored_state, take_checkpoint
 from palm_rlhf_pytorch.palm.hub import WEIGHTS, HubModel, on_disk, write_folder
-from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of, merged_arguments, sizes_of
+from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, checked_kind, layout_of, merged_arguments, sizes_of
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 from palm_rlhf_pytorch.training.tensor_reader import TensorReader
@@ -71,7 +71,7 @@ class PaLMFiles(HubModel):
         reader = TensorReader(path, kind=KIND)
         model = cast("Scoped", self)
         known = {name: model.config[name] for name in NOT_TOLD}
-        take_checkpoint(model, reader, checked_kind(layout_of(reader, known), path))
+        take_checkpoint(model, reader, checked_kind(layout_of(reader, known), KIND, path=path))
         return self
 
     @classmethod
@@ -113,7 +113,7 @@ def configured(reader: TensorReader, config: Mapping[str, Any], arguments: Mappi
     """
     config = config if of_file(reader) else {}
     beside = beside_arguments(config, kind=KIND, known=ARGUMENTS)
-    layout = checked_kind(layout_of(reader, {**beside, **arguments}), reader.path)
+    layout = checked_kind(layout_of(reader, {**beside, **arguments}), KIND, path=reader.path)
     if layout.name != OURS:
         return layout
     if layout.kind is None:
@@ -165,10 +165,3 @@ def warn_of_differences(own: Mapping[str, Any], beside: Mapping[str, Any], *, pa
             " arguments to from_pretrained to change it",
             stacklevel=6,
         )
-
-
-def checked_kind(layout: Layout, path: str | Path) -> Layout:
-    """Raise a ValueError unless a file holds a language model, or does not say what it holds."""
-    if layout.kind not in (KIND, None):
-        raise ValueError(f"{path} holds a {layout.kind}, expected a {KIND}; load it with {layout.kind}")
-    return layout

@@ -6,12 +6,11 @@ imported when it is needed, since that takes longer than all of this package. Kn
 """
 
 import json
-import os
 import re
-import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -21,9 +20,11 @@ from palm_rlhf_pytorch.palm.pretrained import PUBLISHED
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
 from palm_rlhf_pytorch.training.atomic import nature, replacing
+from palm_rlhf_pytorch.training.folder import NewFolder
 from palm_rlhf_pytorch.training.tensor_file import FORMAT_VERSION, save_tensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model computes in
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of files that may hold weights
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
@@ -74,7 +75,7 @@ class HubModel:
             token: for private and gated repositories; None takes the one of `hf auth login`.
             local_files_only: take what the cache has, ask nobody.
             force_download: download again what the cache has.
-            dtype: torch.float32, bfloat16 or float16 for the language model's weights; None keeps the file's.
+            dtype: torch.float32, bfloat16, float16 or float64 for the language model's weights; None keeps the file's.
                 Adapters and heads are float32 always. float16's range ends rows at 3,115 tokens (see `max_length`).
             device: where the model goes.
             arguments: of the constructor, for what a file leaves open (qk_scale, say) or what is to be otherwise than
@@ -85,10 +86,10 @@ class HubModel:
             ConnectionError: if the Hub cannot be reached and the cache has no copy.
             PermissionError: if the repository is gated or private.
             ValueError: if there are several files of weights, or they are no such model's; keys and shapes are named.
-            TypeError: if dtype is no floating-point dtype, or an argument is unknown.
+            TypeError: if dtype is none of these, or an argument is unknown.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype ({dtype!r}) must be torch.float32, torch.bfloat16 or torch.float16, or None")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype ({dtype!r}) must be {', '.join(map(str, DTYPES))} or None")
         found = locate(
             name_or_path, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
             force_download=force_download,
@@ -156,21 +157,17 @@ def write_folder(
 ) -> None:  # fmt: skip
     """Write weights, config.json, a card and maybe a tokenizer.
 
-    A new folder appears whole, in an old one each file is replaced whole.
-
+    A new folder appears whole (training/folder.py), in an old one each file is replaced whole and all others stay.
     The weights carry their configuration too: after a kill between two files, `from_pretrained` takes theirs.
 
     Raises:
         ValueError: if folder is a file.
-        OSError: if the disk refuses.
+        OSError: if the disk refuses, or another process puts something there meanwhile.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is {'a file' if folder.is_file() else nature(folder)}; give the path of a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = not folder.exists()
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:50]}.")) if new else folder
-    try:
+    with _appearing_whole(folder) as place:
         if tokenizer is not None:
             save_tokenizer(tokenizer, place)
         save_tensors(place / WEIGHTS, tensors, kind=kind, config=config, extra=extra)
@@ -178,12 +175,21 @@ def write_folder(
         _write_text(place / CONFIG, json.dumps(record, indent=2) + "\n")
         if not (place / CARD).exists():
             _write_text(place / CARD, card(kind))
-        if new:
-            place.chmod(0o777 & ~_umask())
-            os.rename(place, folder)
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """Where to write a folder's files: in it if it is there, else in one that has its name once the block ends well."""
+    if folder.exists():
+        yield folder
+        return
+    new = NewFolder(folder)
+    try:
+        new.make(ours=lambda name: False)
+        yield new.partial
+        new.place(over_old=False)
     finally:
-        if new:
-            shutil.rmtree(place, ignore_errors=True)
+        new.close()
 
 
 def card(kind: str) -> str:
@@ -228,12 +234,6 @@ def read_config(path: Path) -> dict[str, Any]:
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # where a model is

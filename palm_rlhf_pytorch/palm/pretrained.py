@@ -6,6 +6,7 @@ palm-rlhf-pytorch 0.2, in which they were trained. Knows keys and tensors only, 
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,17 @@ def layout_of(reader: TensorReader, given: Mapping[str, Any] | None = None) -> L
         return found
     scopes: dict[str, dict[str, Any]] = reader.extra.get("scopes", {})
     return Layout(OURS, reader.kind, reader.config, scopes, reader.whole())
+
+
+def checked_kind(layout: Layout, kind: str, *, path: str | Path) -> Layout:
+    """The layout of a file at `path`, which holds a model of that kind, or does not say what it holds.
+
+    Raises:
+        ValueError: if it says another kind.
+    """
+    if layout.kind not in (kind, None):
+        raise ValueError(f"{path} holds a {layout.kind}, expected a {kind}; load it with {layout.kind}")
+    return layout
 
 
 def published_name(config: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.reward.functions import Judge, text_judge
 from palm_rlhf_pytorch.tensors import split_rows
 
@@ -230,5 +231,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("a classifier by name needs transformers: pip install palm-rlhf-pytorch[hf]") from error
+        raise ImportError(needs("a classifier by name", "transformers", extra="hf")) from error
     return transformers

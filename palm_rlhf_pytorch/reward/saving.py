@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.palm.config import ARGUMENTS
 from palm_rlhf_pytorch.palm.files import NOT_TOLD, beside_arguments, of_file, warn_of_differences
 from palm_rlhf_pytorch.palm.hub import HubModel, on_disk, write_folder
-from palm_rlhf_pytorch.palm.pretrained import OURS, Layout, layout_of
+from palm_rlhf_pytorch.palm.pretrained import OURS, checked_kind, layout_of
 from palm_rlhf_pytorch.reward.files import OnTrunk, read_model, same_trunk, trunk_facts
 from palm_rlhf_pytorch.reward.settings import Settings, differences
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
@@ -89,7 +89,8 @@ class RewardModelFiles(HubModel):
         """
         model = cast("Judge", self)
         reader = TensorReader(path, kind=KIND)
-        layout = checked_kind(layout_of(reader, {name: model.palm.config[name] for name in NOT_TOLD}), path)
+        known = {name: model.palm.config[name] for name in NOT_TOLD}
+        layout = checked_kind(layout_of(reader, known), KIND, path=path)
         config = layout.config if layout.kind is not None else model.config
         found = read_model(type(model), reader, config, layout.parts, device=model.head.weight.device)
         found.train(model.training)
@@ -129,7 +130,7 @@ class RewardModelFiles(HubModel):
         if strange:
             raise TypeError(f"{', '.join(strange)}: no argument of RewardModel or PaLM")
         beside = beside_arguments(config, kind=KIND, known=("palm", *SETTINGS))
-        layout = checked_kind(layout_of(reader, {**_trunk_beside(config), **trunk}), path)
+        layout = checked_kind(layout_of(reader, {**_trunk_beside(config), **trunk}), KIND, path=path)
         if layout.kind is None and "kind" not in config:
             raise ValueError(f"{path} holds no configuration; build the RewardModel yourself, then load(path)")
         found = beside if layout.kind is None else layout.config
@@ -157,13 +158,6 @@ def become(model: Judge, found: Judge) -> None:
     model.adapter, model.head = found.adapter, found.head
     model.prompt_embed, model.response_embed = found.prompt_embed, found.response_embed
     model.settings = found.settings
-
-
-def checked_kind(layout: Layout, path: str | Path) -> Layout:
-    """Raise a ValueError unless a file holds a reward model, or does not say what it holds."""
-    if layout.kind not in (KIND, None):
-        raise ValueError(f"{path} holds a {layout.kind}, expected a {KIND}; load it with {layout.kind}")
-    return layout
 
 
 def _trunk_beside(config: Mapping[str, Any]) -> dict[str, Any]:

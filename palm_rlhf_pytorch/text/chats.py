@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.text.dialogues import MARKS, FieldError, Turn, render_prompt, split_turns, turns_of_text
-from palm_rlhf_pytorch.text.hf_tokenizer import HINT, HFTokenizer
+from palm_rlhf_pytorch.text.hf_tokenizer import HFTokenizer
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 
 _PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning: one that no turn holds marks a place
@@ -184,7 +185,7 @@ def _render(turns: Sequence[Turn], tokenizer: HFTokenizer, *, asks: bool) -> str
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
     except ImportError as error:
-        raise ImportError(f"a chat template needs transformers; {HINT}") from error
+        raise ImportError(needs("a chat template", "transformers", extra="hf")) from error
     render: Any = chat_template_utils.render_jinja_template  # annotated as giving less than it does
     messages = [turn._asdict() for turn in turns]
     options = {"chat_template": tokenizer.chat_template, "add_generation_prompt": asks, **tokenizer.token_names}

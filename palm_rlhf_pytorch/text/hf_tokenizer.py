@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.tensors import pad_ragged
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer, row_of_ids, utf8
 
@@ -22,7 +23,6 @@ BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
 TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
-HINT = 'install the extra: pip install "palm-rlhf-pytorch[hf]" from the repository'
 
 
 def as_tokenizer(tokenizer: object) -> Tokenizer:
@@ -195,7 +195,7 @@ def tokenizer_from_json(
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError(f"{where} needs tokenizers; {HINT}") from error
+        raise ImportError(needs(str(where), "tokenizers", extra="hf")) from error
     try:
         backend = Tokenizer.from_str(content)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -216,7 +216,7 @@ def tokenizer_from_hub(name: str) -> HFTokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise ImportError(f"the tokenizer {name} needs transformers; {HINT}") from error
+        raise ImportError(needs(f"the tokenizer {name}", "transformers", extra="hf")) from error
     try:
         offline = not Path(name).is_dir() and not _answers(name)
         found: Any = AutoTokenizer.from_pretrained(name, local_files_only=offline)

@@ -49,9 +49,13 @@ class NewFolder:
             self._lock = os.open(self.partial, os.O_RDONLY)
             _lock(self._lock, fcntl.LOCK_SH)  # shared is enough, and network file systems grant it to readers
 
-    def place(self) -> None:
-        """Give the folder its name; an old one there is moved aside first, and deleted last."""
-        aside, replacing = hidden(self.path, "replaced"), self.path.exists()
+    def place(self, *, over_old: bool = True) -> None:
+        """Give the folder its name; an old one there is moved aside first, and deleted last.
+
+        Args:
+            over_old: without it an old one stays, and is an OSError unless it is empty.
+        """
+        aside, replacing = hidden(self.path, "replaced"), over_old and self.path.exists()
         with self.telling_of_the_disk():
             _flush(self.partial)
             if replacing:

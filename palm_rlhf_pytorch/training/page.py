@@ -1,5 +1,6 @@
 """One self-contained page of HTML: no script, nothing fetched, light and dark as the reader's system is.
 
+Its Content-Security-Policy holds browsers to that, whatever texts of models stand on it.
 Knows nothing of what stands on it.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1f24; --muted: #5b6470; --line: #d8dde3;
   --panel: #f6f8fa; --focus: #0072b2; }
@@ -20,7 +22,7 @@ body { margin: 0 auto; max-width: 1280px; padding: 24px 28px 48px; background: v
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8px; } h3 { font-size: 15px; margin: 0; }
 p { margin: 4px 0 12px; } .muted, caption, figcaption { color: var(--muted); }
-code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+code, pre, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; } caption { text-align: left; padding: 10px 0 6px; }
 th, td { padding: 3px 10px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -41,6 +43,7 @@ def document(title: str, body: str, *, style: str = "") -> str:
         style: CSS beside STYLE.
     """
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    head += f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
     head += f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>"
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 

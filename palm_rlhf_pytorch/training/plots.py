@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
 from palm_rlhf_pytorch.training.charts import LIGHT, Line, thinned, value_range
 from palm_rlhf_pytorch.training.curves import Panel, RunCurves, smoothed
@@ -185,5 +186,5 @@ def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'palm-rlhf-pytorch[plot]'") from error
+        raise ImportError(needs("a plot", "matplotlib", extra="plot")) from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -18,11 +18,13 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.training.atomic import replacing
 from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 
 PROJECT = "palm-rlhf"
 FAILURES = 3  # calls of a tracker in a row that may fail before it is left alone: each may wait for a network
+EXTRAS = ("wandb", "tensorboard")  # trackers that an extra of their name brings
 KEPT_ID = "wandb-id.txt"  # in the run's folder: what a resumed run is known by
 
 
@@ -233,8 +235,8 @@ def check_trackers(log_with: object) -> None:
             known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
             raise ValueError(f"log_with names {name!r}, which is no tracker: choose from {known}")
         if str(name) not in available:
-            extra = f"palm-rlhf-pytorch[{name}]" if name in ("wandb", "tensorboard") else name
-            raise ImportError(f"log_with names {str(name)!r}, which is not installed: pip install {extra}")
+            extra = str(name) if str(name) in EXTRAS else None
+            raise ImportError(needs(f"log_with={str(name)!r}", str(name), extra=extra))
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -97,6 +97,7 @@ def test_the_page_shows_what_models_wrote_as_text(models):
     readable = {"".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text) for text in texts}
     assert len(page.texts) >= 6 and set(page.texts) <= readable
     assert any(text.startswith("<b>A & B</b>") for text in page.texts) and "\u202e" not in content
+    assert "Content-Security-Policy" in content and "prefers-color-scheme: dark" in content
 
 
 def test_evaluate_repeats_with_its_seed(models, capsys):

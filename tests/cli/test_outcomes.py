@@ -5,6 +5,7 @@ from accelerate import Accelerator
 
 from palm_rlhf_pytorch.cli import main as entry
 from palm_rlhf_pytorch.cli.outcomes import left_as_found
+from palm_rlhf_pytorch.extras import needs
 
 TINY = [
     "--dim", "8", "--depth", "1", "--heads", "1", "--dim-head", "4", "--length", "8", "--batch-size", "2", "--steps",
@@ -54,12 +55,12 @@ def test_a_complete_model_is_not_trained_again_by_resume(tmp_path, monkeypatch, 
 
 def test_curves_are_a_page_where_the_picture_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     def missing(*_, **__):
-        raise ImportError("plots need matplotlib")
+        raise ImportError(needs("a plot", "matplotlib", extra="plot"))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("palm_rlhf_pytorch.cli.plot.curves_plot", missing)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": 1.5}\n')
     assert entry.main(["plot", "metrics.jsonl"]) == 0
     assert (tmp_path / "runs.html").is_file() and not (tmp_path / "runs.png").exists()
-    assert "no runs.png: plots need matplotlib" in capsys.readouterr().out
+    assert "no runs.png: a plot needs matplotlib" in capsys.readouterr().out
     assert entry.main(["plot", "metrics.jsonl", "--out", "runs.png"]) == 2

@@ -13,6 +13,7 @@ import torch
 
 from palm_rlhf_pytorch.cli import reward
 from palm_rlhf_pytorch.cli.main import main
+from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, load_judge
 from palm_rlhf_pytorch.reward.learning import LabelledLoss
@@ -60,7 +61,7 @@ def files(folder):
 def test_reward_learns_reports_and_saves(folder, capsys, monkeypatch, plotting):
     def plot(bins, path, *, title):
         if not plotting:
-            raise ImportError("pip install palm-rlhf-pytorch[plot]")
+            raise ImportError(needs("a plot", "matplotlib", extra="plot"))
         path.write_bytes(b"a picture")
 
     monkeypatch.setattr(reward, "reliability_plot", plot)
@@ -71,7 +72,7 @@ def test_reward_learns_reports_and_saves(folder, capsys, monkeypatch, plotting):
     assert "101 rows" in printed and "line 101: rejected is missing" in printed
     expected = ["rm.config.yaml", "rm.metrics.jsonl", "rm.pt", "rm.report.json", "rm.report.md", "rm.tokenizer.json"]
     assert files(folder / "out") == expected[:3] + ["rm.reliability.png"] * plotting + expected[3:]
-    assert ("pip install palm-rlhf-pytorch[plot]" in printed) != plotting
+    assert ('pip install "palm-rlhf-pytorch[plot]"' in printed) != plotting
     report = json.loads((folder / "out" / "rm.report.json").read_text())
     held_out = report["pairs"]["accuracy"]["count"] + report["ratings"]["count"] + report["votes"]["accuracy"]["count"]
     assert 15 < held_out < 45 and f"{held_out} held out" in printed

@@ -56,7 +56,7 @@ def test_each_member_of_an_ensemble_has_a_run_of_its_own(models):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("abacus", "is no tracker: choose from"), ("wandb", "pip install palm-rlhf-pytorch[wandb]")]
+    ("name", "message"), [("abacus", "is no tracker: choose from"), ("wandb", 'pip install "palm-rlhf-pytorch[wandb]"')]
 )
 def test_trackers_that_cannot_be_are_named_before_any_work(models, capsys, monkeypatch, name, message):
     monkeypatch.setattr(trackers, "get_available_trackers", list)

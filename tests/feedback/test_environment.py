@@ -78,7 +78,9 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path):
     (tmp_path / "django.py").write_text("raise ImportError('not here')\n")
     done = run_feedback(["stats", "--data-dir", str(tmp_path / "data")], {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"})
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == 'palm-rlhf feedback: error: needs: pip install "palm-rlhf-pytorch[feedback]"\n'
+    packages = "Django, django-htmx, waitress and whitenoise"
+    command = 'pip install "palm-rlhf-pytorch[feedback]"'
+    assert done.stderr == f"palm-rlhf feedback: error: the feedback app needs {packages}: {command}\n"
     assert not (tmp_path / "data").exists()
 
 

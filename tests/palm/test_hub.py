@@ -15,9 +15,11 @@ from safetensors import safe_open
 
 from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.palm import hub
-from palm_rlhf_pytorch.palm.hub import choose_weights
+from palm_rlhf_pytorch.palm.hub import DTYPES, choose_weights
 from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import tokenizer_of
+from palm_rlhf_pytorch.training.folder import NewFolder
+from palm_rlhf_pytorch.training.tensor_file import save_tensors
 
 IDS = torch.tensor([[3, 9, 4, 30, 1, 7]])
 
@@ -96,6 +98,33 @@ def test_failure_leaves_no_folder_and_no_changed_one(make_palm, folder, tmp_path
         make_palm().save_pretrained(folder / "model.safetensors")
 
 
+def test_folder_that_appears_while_a_new_one_is_written_is_kept(make_palm, tmp_path, monkeypatch):
+    def meanwhile(path, *args, **kwargs):
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "notes.txt").write_text("kept")
+        save_tensors(path, *args, **kwargs)
+
+    monkeypatch.setattr(hub, "save_tensors", meanwhile)
+    with pytest.raises(OSError, match="Directory not empty .* what stood there is untouched"):
+        make_palm().save_pretrained(tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"] and os.listdir(tmp_path / "m") == ["notes.txt"]
+
+
+def test_what_a_killed_save_left_is_cleared_away_and_a_living_one_is_let_be(make_palm, tmp_path):
+    (tmp_path / ".m.partial").mkdir()
+    (tmp_path / ".m.partial" / "model.safetensors").write_text("half")
+    make_palm().save_pretrained(tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"]
+    (tmp_path / "mine").mkdir()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "mine").stat().st_mode  # the umask's
+    writing = NewFolder(tmp_path / "other")
+    writing.make(ours=lambda name: False)
+    with pytest.raises(FileExistsError, match="another process is saving to this path"):
+        make_palm().save_pretrained(tmp_path / "other")
+    assert writing.partial.is_dir()
+    writing.close()
+
+
 def test_weights_without_a_record_take_config_json(make_palm, tmp_path, folder):
     """A state dict that another program wrote beside the configuration, as accelerate's save_model does."""
     palm = PaLM.from_pretrained(folder)
@@ -166,10 +195,21 @@ def test_what_is_no_repository_s_name_is_not_asked_for(name, monkeypatch):
         PaLM.from_pretrained(name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", torch.int8, 16])
-def test_dtype_must_be_torch_s_and_floating(folder, dtype):
-    with pytest.raises(TypeError, match=r"dtype \(.*\) must be torch\.float32"):
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, torch.float8_e4m3fn, torch.complex64, 16])
+def test_dtype_must_be_one_that_a_model_computes_in(folder, dtype):
+    with pytest.raises(TypeError, match=r"dtype \(.*\) must be torch\.float32, .*torch\.float64 or None"):
         PaLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_computes_in_each_dtype_that_it_may_be_read_in(folder, make_palm, dtype):
+    found = PaLM.from_pretrained(folder, dtype=dtype)
+    converted = make_palm(qk_rmsnorm=True, finetune_scopes=["a"]).to(dtype)
+    assert found(IDS).dtype == dtype and torch.equal(found(IDS), converted(IDS))
+    assert {weight.dtype for weight in found.finetune_modules.parameters()} == {torch.float32}
+    found(IDS, return_loss=True, finetune_scope="a").backward()
+    assert found.token_emb.weight.grad.isfinite().all()
+    assert found.generate(9, prompt=IDS, finetune_scope="a").shape == (1, 3)
 
 
 # the Hub

@@ -132,7 +132,7 @@ def test_a_palm_is_no_judge(make_trainer, make_palm):
 
 def test_a_missing_tracker_names_its_extra(make_trainer, monkeypatch):
     monkeypatch.setattr("palm_rlhf_pytorch.training.trackers.get_available_trackers", list)
-    with pytest.raises(ImportError, match=r"pip install palm-rlhf-pytorch\[wandb\]"):
+    with pytest.raises(ImportError, match=r'pip install "palm-rlhf-pytorch\[wandb\]"'):
         make_trainer(accelerate_kwargs={"log_with": "wandb"})
 
 

@@ -120,5 +120,5 @@ def test_what_does_not_fit_the_classifier_is_named(folder):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install palm-rlhf-pytorch\[hf\]"):
+    with pytest.raises(ImportError, match=r'pip install "palm-rlhf-pytorch\[hf\]"'):
         classifier_judge("some/model", ByteTokenizer(), label=0)

@@ -128,7 +128,7 @@ def test_what_names_no_tracker_is_refused_before_any_work(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="both name trackers"):
         tracked_accelerator({"log_with": "wandb"}, "tensorboard")
     monkeypatch.setattr(module, "get_available_trackers", lambda: ["tensorboard"])
-    with pytest.raises(ImportError, match=r"pip install palm-rlhf-pytorch\[wandb\]"):
+    with pytest.raises(ImportError, match=r'pip install "palm-rlhf-pytorch\[wandb\]"'):
         tracked_accelerator(None, Tracking(log_with="wandb"), folder=tmp_path)
     with pytest.raises(ValueError, match="'tensorboard', which writes files: give the trainer a run_dir"):
         tracked_accelerator({"cpu": True}, "tensorboard")
