@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from palm_rlhf_pytorch import attention
 from palm_rlhf_pytorch.attention import KVCache, attend, attention_mask, place_tokens
+from palm_rlhf_pytorch.processor import Float32Rows
 
 
 @pytest.fixture
@@ -27,6 +29,18 @@ def attended_by_loop(q, k, v, allowed):
                 for weight, j in zip(weights, keys, strict=True):
                     out[b, h, i] += weight / sum(weights) * v[b, j]
     return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_half_precision_attends_in_float32_and_is_rounded_once(qkv, monkeypatch, dtype):
+    monkeypatch.setattr(attention, "float32_rows", lambda dtype: Float32Rows(weight=8, packed=2))
+    narrow = tuple(x.to(dtype) for x in qkv)
+    allowed = attention_mask(None, 5, 5, causal=True).expand(2, 5, 5)
+    exact = attended_by_loop(*(x.double() for x in narrow), allowed)
+    out = attend(*narrow, scale=0.5, causal=True, fused=True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact.to(dtype).double(), atol=0, rtol=torch.finfo(dtype).eps)
+    assert (out == exact.to(dtype)).double().mean() > 0.95  # in half precision most would be off by its rounding
 
 
 @pytest.mark.parametrize("fused", [False, True])

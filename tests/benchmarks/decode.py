@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from palm_rlhf_pytorch import PaLM
 from tests.benchmarks import decode_cases
 from tests.benchmarks.counts import EIGHT_BILLION, ONE_BILLION, README, Shape
 from tests.benchmarks.harness import Bench, Case, main
@@ -17,6 +18,7 @@ from tests.benchmarks.models import check_decoding, llama, llama_generate, our_m
 from tests.benchmarks.report import Row, Work, timed_rows
 
 Times = Callable[[], dict[str, float]]
+REPEATS = 10
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -60,6 +62,8 @@ def against_peers(bench: Bench, name: str, *, shape: Shape, dtype: torch.dtype, 
         competitors["hf static"] = partial(
             two_lengths, bench, lambda new: llama_generate(model, prompts, new_tokens=new, static=True)
         )
+    if bench.device.type == "cpu":
+        competitors["products alone"] = products_alone(bench, palm, batch)
     if shape == README and dtype == torch.float32 and batch == 1 and bench.upstream is not None:
         competitors["upstream"] = partial(_upstream_times, bench, shape, prompt)
     samples = bench.interleave(competitors)
@@ -74,6 +78,24 @@ def against_peers(bench: Bench, name: str, *, shape: Shape, dtype: torch.dtype, 
     rows += timed_rows(name, "first token", samples["first"], ceilings=ceilings, work=first, note=f"prompt {prompt}")
     call = {who: Work(tokens=batch * long) for who in samples["call"]}
     return rows + timed_rows(name, "whole call", samples["call"], work=call, note=f"{prompt} + {long} tokens")
+
+
+def products_alone(bench: Bench, palm: PaLM, batch: int) -> Times:
+    """Seconds a token of the products with the weights and nothing else: no decoder on this torch can be faster."""
+    with torch.inference_mode():
+        decoder = palm.new_decoder(batch=batch, room=1, adapter=None, steps=100)
+        weight = palm.layers[0].out_proj.weight
+        narrow, wide = (torch.randn(batch, width).to(decoder.dtype) for width in weight.shape)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(REPEATS):
+            for layer in decoder.layers:
+                layer.project_in(narrow)
+                layer.project_out(wide)
+            decoder.read_out(narrow)
+
+    return lambda: {"token": seconds(run, bench.device) / REPEATS}
 
 
 def lengths(bench: Bench) -> tuple[int, int]:

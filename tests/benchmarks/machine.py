@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,13 @@ def facts(device: torch.device, *, instruction_cap: str | None) -> dict[str, Any
 
 
 def measure_bandwidth(device: torch.device, *, repeats: int = 5) -> float:
-    """Bytes read a second by torch.sum over one large float32 tensor; the best of some repeats."""
+    """Bytes read a second of one large float32 tensor, by its sum or its product with a vector; the best of repeats."""
     numbers = torch.ones(READ_BYTES[device.type] // 4, device=device)
-    numbers.sum()
-    return 4 * numbers.numel() / min(seconds(numbers.sum, device) for _ in range(repeats))
+    matrix, vector = numbers.view(-1, 512), numbers[:512].clone()
+    readers = numbers.sum, partial(torch.mv, matrix, vector)
+    for read in readers:
+        read()
+    return 4 * numbers.numel() / min(seconds(read, device) for _ in range(repeats) for read in readers)
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
