@@ -65,7 +65,7 @@ def _attend_fused(
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return rearrange(out, "b 1 h d -> b h 1 d")
     dtype = q.dtype
-    if q.device.type == "cpu" and float32_rows(dtype) is not None:
+    if q.device.type == "cpu" and not torch.compiler.is_compiling() and float32_rows(dtype) is not None:
         q, k, v = (x.float() for x in (q, k, v))
     k, v = (x.expand(-1, heads, -1, -1) for x in (k, v))
     causal = causal and mask is None
@@ -181,9 +181,9 @@ def place_tokens(
 def _hides_nothing(mask: Tensor, *, causal: bool) -> bool:
     """Whether no real token would see padding without the mask (b, n), so that attention needs none.
 
-    Asked on a CPU alone: a CUDA device would be waited for.
+    Asked on a CPU alone: a CUDA device would be waited for; and not while torch.compile looks for one graph.
     """
-    if mask.device.type != "cpu":
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any()) if causal else bool(mask.all())
 

@@ -149,9 +149,10 @@ class ParallelTransformerBlock(nn.Module):
 def _both(out: Tensor, ff: Tensor, gate: Tensor, *, dropout: float) -> Tensor:
     """Attention's output and the gated feedforward side by side, (b, n, inner + f).
 
-    Without gradients in as few passes over memory as there can be: on a CPU they cost more than the arithmetic.
+    Without gradients in as few passes over memory as there can be: on a CPU they cost more than the arithmetic. A
+    compiler makes its own of them.
     """
-    if torch.is_grad_enabled() or dropout > 0:
+    if torch.is_grad_enabled() or dropout > 0 or torch.compiler.is_compiling():
         ff = F.silu(gate) * ff
         return torch.cat((out, F.dropout(ff, dropout) if dropout > 0 else ff), dim=-1)
     both = out.new_empty(*out.shape[:-1], out.shape[-1] + ff.shape[-1])

@@ -80,6 +80,7 @@ class PaLM(PaLMFiles, nn.Module):
             ValueError: if a size is not positive, dim_head is odd, or a dropout is outside [0, 1).
         """
         super().__init__()
+        keep_freed_memory()
         self._config = checked_config(locals())
         self.num_tokens, self.dim, self.depth, self.dim_head, self.heads = num_tokens, dim, depth, dim_head, heads
         self.causal, self.lora_r, self.cross_entropy_ignore_index = causal, lora_r, cross_entropy_ignore_index
@@ -159,7 +160,6 @@ class PaLM(PaLMFiles, nn.Module):
         Raises:
             ValueError: if a row, or a document, is longer than `max_length`.
         """
-        keep_freed_memory()
         tokens = seq.shape[1]
         positions, allowed = place_tokens(
             tokens, mask, cache, causal=self.causal, device=seq.device, documents=documents

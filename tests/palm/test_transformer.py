@@ -477,3 +477,16 @@ def test_recomputed_layers_give_the_same_from_a_place_on(make_palm):
     found = torch.autograd.grad(palm.embed(ids, since=3).square().sum(), [*palm.parameters()])
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("since", [0, 3])
+def test_a_pass_can_be_compiled_as_one_graph(make_palm, dtype, tolerance, since):
+    palm, ids = make_palm(finetune_scopes=("a",)).to(dtype), torch.randint(0, 37, (2, 7))
+    mask = torch.tensor([7, 5])[:, None] > torch.arange(7)
+    torch.compiler.reset()
+    compiled = torch.compile(palm.embed, backend="eager", fullgraph=True)
+    for given in ({}, {"mask": mask}, {"adapter": palm.finetune_modules["a"]}):
+        found, expected = (embed(ids, since=since, **given)[:, :2] for embed in (compiled, palm.embed))
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
