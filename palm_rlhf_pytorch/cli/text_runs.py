@@ -211,7 +211,7 @@ def size_of(palm: PaLM, accelerator: Accelerator) -> str:
 
 def told_of_bad_records(bad: list[BadRecord], choice: str) -> Callable[[BadRecord], None]:
     """What `--on-bad-record` asks for: stop, or go on and list them."""
-    return bad.append if choice == "skip" else _stop_at
+    return bad.append if choice == "skip" else stop_at_bad_record
 
 
 def add_bad_record_argument(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
@@ -229,7 +229,8 @@ def say_bad(say: Callable[..., Any], messages: list[str], what: str) -> None:
         say(f"left out: {len(messages) - 5:,} {what} more")
 
 
-def _stop_at(bad: BadRecord) -> NoReturn:
+def stop_at_bad_record(bad: BadRecord) -> NoReturn:
+    """Raise a ValueError that names file, line and field, and the option that goes on."""
     raise ValueError(f"{bad}; mend it, or leave such records out: --on-bad-record skip")
 
 
