@@ -234,7 +234,7 @@ def _read(path: Path, name: str) -> RunCurves:
     for line in read_metrics(path):
         if not isinstance(line.get("step"), int):
             raise ValueError(f"{path} has a line without a step: it is no metrics file")
-        lines[line["step"]] = line
+        lines[line["step"]] = {name: value for name, value in line.items() if isinstance(value, int | float)}
     if not lines:
         raise ValueError(f"{path} holds no whole line yet: there is nothing to draw")
     own = _settings(path.parent) if path.name == METRICS else {}
