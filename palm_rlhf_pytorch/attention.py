@@ -34,11 +34,16 @@ def attend(
         causal: each query sees the keys up to its own place; needs i = j and no mask.
         mask: True where a query may look at a key, (b, i, j), at least one place in each row; replaces `causal`.
         dropout: probability with which an attention weight is dropped.
-        fused: use torch's scaled_dot_product_attention, whose kernels never store the (i, j) products.
+        fused: use torch's scaled_dot_product_attention, whose kernels never store the (i, j) products. Where a CPU
+            would emulate q's dtype it is given float32: several times as fast, with twice the memory for gradients.
 
     Returns:
         (b, h, i, d) in q's dtype; products and softmax in float32 on the plain path.
     """
+    if fused and q.shape[2] > 1 and _is_emulated(q):
+        with torch.autocast("cpu", enabled=False):
+            wide = (x.float() for x in (q, k, v))
+            return _attend_fused(*wide, scale=scale, causal=causal, mask=mask, dropout=dropout).to(q.dtype)
     if fused:
         return _attend_fused(q, k, v, scale=scale, causal=causal, mask=mask, dropout=dropout)
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -50,6 +55,10 @@ def attend(
     weights = products.softmax(dim=-1).to(v.dtype)
     weights = F.dropout(weights, dropout) if dropout > 0 else weights
     return torch.einsum("bhij,bjd->bhid", weights, v)
+
+
+def _is_emulated(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and float32_rows(x.dtype) is not None
 
 
 def _attend_fused(
@@ -64,13 +73,9 @@ def _attend_fused(
         folded = rearrange(q, "b h 1 d -> b 1 h d")
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return rearrange(out, "b 1 h d -> b h 1 d")
-    dtype = q.dtype
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and float32_rows(dtype) is not None:
-        q, k, v = (x.float() for x in (q, k, v))
     k, v = (x.expand(-1, heads, -1, -1) for x in (k, v))
     causal = causal and mask is None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal)
-    return out.to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal)
 
 
 def attention_mask(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.products import linear, product_dtype
+from palm_rlhf_pytorch.products import linear, product_dtype, transposed
 from palm_rlhf_pytorch.tensors import at_least_float32
 from palm_rlhf_pytorch.truncation import Truncation
 
@@ -202,7 +202,7 @@ class Readout(NamedTuple):
             if grad_rows is not None:
                 grad_rows[piece] = linear(grad, product_weight.t()).to(rows.dtype)
             if grad_weight is not None:
-                grad_weight += linear(grad.t(), part.t())
+                grad_weight += transposed(grad, part)
         return grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 

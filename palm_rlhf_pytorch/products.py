@@ -49,12 +49,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight) if out is None else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def transposed(x: Tensor, y: Tensor) -> Tensor:
+    """X.T @ y, (k, d), of rows x (m, k) and y (m, d): a weight's gradient, which MKL takes without a copy."""
+    return x.t() @ y if x.dtype in (torch.float32, torch.float64) else linear(x.t(), y.t())
+
+
 def pack(weight: Tensor, *, rows: int | None) -> Product:
     """The product with a weight that is used many times.
 
     On a CPU the weight is copied into oneDNN's layout once: a product with few rows then reads it at the memory's
     speed. Nothing is copied elsewhere, nor where MKL reads it as fast: one or two float32 rows on Intel's processors.
-    The copy of a half-precision weight is in float32 where that is the faster route for so many rows.
+    The copy of a half-precision weight is in float32, twice its size, where that is the faster route for so many rows.
 
     Args:
         weight: (k, d).
@@ -127,6 +132,8 @@ class _Float32Product(torch.autograd.Function):
 
 class _HalfProduct(torch.autograd.Function):
     """x @ weight.T of a half-precision x, and of a weight rounded to that dtype, taken in float32 and rounded once."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ TREE = [
     (
         1,
         "training",
-        "optimizer optimizers atomic foreign_file tensor_file tensor_reader optimizer_state manifest folder "
+        "optimizer optimizers atomic foreign_file digests tensor_file tensor_reader optimizer_state manifest folder "
         "tensor_stream checkpoint metrics ranks stopping random_states trackers saves best curves charts plots page "
         "runs_page supervised",
     ),

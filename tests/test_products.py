@@ -104,6 +104,19 @@ def test_slow_half_precision_can_be_differentiated_twice(half_is_slow):
     torch.testing.assert_close(second.double(), exact, atol=0.3, rtol=0.02)
 
 
+def test_slow_half_precision_can_be_mapped_over(half_is_slow):
+    x, weight = torch.randn(4, 3, 5).bfloat16(), torch.randn(7, 5).bfloat16()
+    found = torch.func.vmap(lambda rows: linear(rows, weight))(x)
+    assert torch.equal(found, rounded_once(by_hand(x, weight), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_transposed_products(half_is_slow, dtype):
+    x, y = torch.randn(3, 7).to(dtype), torch.randn(3, 5).to(dtype)
+    exact = torch.einsum("mk,md->kd", x.double(), y.double())
+    torch.testing.assert_close(products.transposed(x, y).double(), exact, atol=1e-5, rtol=torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_slow_half_precision_gives_no_gradient_to_what_is_frozen(half_is_slow, frozen):
     x, weight = (torch.randn(size).bfloat16() for size in ((3, 5), (7, 5)))

@@ -48,7 +48,7 @@ def take_config(parser: argparse.ArgumentParser, argv: Sequence[str], *, command
         FileNotFoundError: if there is no such file.
         ConfigError: if it is no YAML mapping, names an option that the command has not, or gives it no value it takes.
     """
-    path = _path_in(parser, argv)
+    path = _path_in(parser, argv) if FLAG in parser._option_string_actions else None
     if path is None:
         return
     actions = {name: action for action in parser._actions for name in _names(action)}

@@ -29,7 +29,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
     """The device that the arguments ask for.
 
     Raises:
-        ValueError: if torch knows no such device, or this machine has none.
+        ValueError: if it is none that models run on, or this machine has none.
     """
     if args.device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +37,22 @@ def device_of(args: argparse.Namespace) -> torch.device:
         device = torch.device(args.device)
     except RuntimeError as error:
         raise ValueError(f"--device {args.device}: no device of torch; use cpu, cuda, cuda:1 or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {args.device}: models do not run there; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"--device {args.device}: torch sees no Apple GPU; use cpu")
+    return device
+
+
+def training_device(args: argparse.Namespace) -> torch.device:
+    """The same for a command that trains: of several GPUs the one asked for is made the present one.
+
+    Raises:
+        ValueError: see `device_of`.
+    """
+    device = device_of(args)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the present one
     return device

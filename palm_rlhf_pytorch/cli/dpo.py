@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from palm_rlhf_pytorch.cli.config import CONFIG, save_config
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.device import add_device_argument, training_device
 from palm_rlhf_pytorch.cli.models import (
     add_chat_argument,
     add_model_argument,
@@ -204,9 +202,7 @@ def trainer_of(
     Raises:
         ValueError: if an option is out of range or of another loss.
     """
-    device = device_of(args)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the present one
+    device = training_device(args)
     common: dict[str, Any] = {
         "palm": palm, "tokenizer": tokenizer, "eos_token": tokenizer.eos_token,
         "held_out": held_out or None, "max_length": args.max_length,

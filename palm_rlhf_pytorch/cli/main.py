@@ -97,7 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     for subparser in subparsers.choices.values():
         if subparser.formatter_class is argparse.ArgumentDefaultsHelpFormatter:
             subparser.formatter_class = _Defaults
-        add_config_argument(subparser)
+        if not any(isinstance(action, argparse._SubParsersAction) for action in subparser._actions):
+            add_config_argument(subparser)  # commands of a command have options of their own
     add_completion_argument(parser)
     return parser
 

@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.cli.text_runs import (
     add_learning_arguments,
     begin,
     beginning,
+    check_apart,
     finish,
     loop_of,
     metrics_path,
@@ -109,9 +110,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--steps {args.steps} must be at least 1")
     accelerator = accelerator_of(args)
     begin(args, accelerator)
+    folder = getattr(args, "tokens", args.out.with_name(f"{args.out.stem}.tokens"))
+    check_apart(args.out, folder, holds="the tokenised text")
     palm, tokenizer = _model(args)
     check_length(args.length, palm.max_length, name="length")
-    train, held_out = _texts(args, tokenizer, accelerator)
+    train, held_out = _texts(args, tokenizer, folder, accelerator)
     palm.to(accelerator.device)
     tokens = args.steps * args.accumulate * args.batch_size * args.length * accelerator.num_processes
     accelerator.print(
@@ -155,14 +158,15 @@ def _model(args: argparse.Namespace) -> tuple[PaLM, Tokenizer]:
     return PaLM(num_tokens=tokenizer.num_tokens, attn_dropout=args.dropout, ff_dropout=args.dropout, **shape), tokenizer
 
 
-def _texts(args: argparse.Namespace, tokenizer: Tokenizer, accelerator: Accelerator) -> tuple[Excerpt, Excerpt]:
+def _texts(
+    args: argparse.Namespace, tokenizer: Tokenizer, folder: Path, accelerator: Accelerator
+) -> tuple[Excerpt, Excerpt]:
     """Tokens to train on, and tokens to judge by."""
-    folder = getattr(args, "tokens", args.out.with_name(f"{args.out.stem}.tokens"))
     corpus = _corpus(args, args.texts, tokenizer, folder, accelerator)
     if not hasattr(args, "validation"):
         return split_corpus(corpus, args.held_out)
-    beside = folder.with_name(f"{folder.name}.validation")
-    return whole_corpus(corpus), whole_corpus(_corpus(args, args.validation, tokenizer, beside, accelerator))
+    judged_by = folder.with_name(f"{folder.name}.validation")
+    return whole_corpus(corpus), whole_corpus(_corpus(args, args.validation, tokenizer, judged_by, accelerator))
 
 
 def _corpus(

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from palm_rlhf_pytorch.cli.config import config_beside, save_config
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.device import add_device_argument, training_device
 from palm_rlhf_pytorch.cli.models import (
     add_chat_argument,
     add_tokenizer_argument,
@@ -23,8 +23,8 @@ from palm_rlhf_pytorch.cli.models import (
     tokenizer_name,
 )
 from palm_rlhf_pytorch.cli.outcomes import left_as_found
-from palm_rlhf_pytorch.cli.pretrain import metrics_path
 from palm_rlhf_pytorch.cli.reward_ask import ON_BAD_RECORD, add_ask_options
+from palm_rlhf_pytorch.cli.text_runs import check_run_folder, metrics_path, run_folder
 from palm_rlhf_pytorch.cli.trackers import accelerator_of, add_tracker_arguments, tracked
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.reward.agreement import annotator_weights, measure_agreement, merge_annotators
@@ -39,7 +39,7 @@ from palm_rlhf_pytorch.text.datasets import Labels, read_labels, split_by_group
 from palm_rlhf_pytorch.text.records import Label, Pair
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
 from palm_rlhf_pytorch.text.tokenizer_files import save_tokenizer
-from palm_rlhf_pytorch.training.atomic import check_target, replacing
+from palm_rlhf_pytorch.training.atomic import replacing
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.plots import reliability_plot
@@ -147,10 +147,8 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is not what it should be, or an option is out of range.
     """
-    device = device_of(args)
+    device = training_device(args)
     palm, tokenizer = load_model(args.palm, tokenizer=tokenizer_name(args))
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the present one
     accelerator = accelerator_of(args, cpu=device.type == "cpu")
     say = accelerator.print
     with Ranks(accelerator).together():  # all look before one of them writes
@@ -210,23 +208,13 @@ def read(args: argparse.Namespace) -> Labels:
 
 def _folders(args: argparse.Namespace) -> list[Path]:
     """A folder for each member's checkpoints; a wrong path is refused here, before the work."""
-    check_target(args.out)
+    parent = run_folder(args.out)
     if args.members < 1:
         raise ValueError(f"--members {args.members}: must be at least 1")
-    parent = args.out.with_name(f"{args.out.stem}.run")
-    if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
-        raise ValueError(f"{parent} must be a folder, for the run's checkpoints; move it away, or choose another --out")
     folders = [parent / f"member-{number}" for number in range(args.members)]
     found = sorted(parent.iterdir()) if parent.is_dir() else []
     foreign = [path for path in found if path not in folders] + [path for own in folders for path in strangers(own)]
-    if foreign:
-        raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
-    if found and not hasattr(args, "resume"):
-        raise ValueError(f"{parent} holds an interrupted run: --resume goes on with it; remove it to begin anew")
-    if hasattr(args, "resume") and args.out.exists() and not found:
-        raise ValueError(
-            f"{args.out} is complete: --resume has nothing to go on with; leave it out to train another in its place"
-        )
+    check_run_folder(args, parent, foreign=foreign, begun=bool(found))
     return folders
 
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
 from palm_rlhf_pytorch.cli.models import (
@@ -14,17 +13,12 @@ from palm_rlhf_pytorch.cli.models import (
     prompt_tokenizer,
     tokenizer_name,
 )
+from palm_rlhf_pytorch.cli.text_runs import stop_at_bad_record
 from palm_rlhf_pytorch.reward.asking import best_questions, read_questions
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble, load_judge
-from palm_rlhf_pytorch.text.datasets import BadRecord, skip_bad_record
+from palm_rlhf_pytorch.text.datasets import skip_bad_record
 from palm_rlhf_pytorch.text.records import Pair
 from palm_rlhf_pytorch.training.atomic import check_target, replacing
-
-
-def stop_at_bad_record(bad: BadRecord) -> NoReturn:
-    """Raise a ValueError that names file, line and field, and the option that goes on."""
-    raise ValueError(f"{bad}; mend it, or leave such records out: --on-bad-record skip")
-
 
 ON_BAD_RECORD = {"stop": stop_at_bad_record, "skip": skip_bad_record}
 

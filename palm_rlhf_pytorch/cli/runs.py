@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.cli.config import CONFIG, save_config
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.device import add_device_argument, training_device
 from palm_rlhf_pytorch.cli.models import (
     PROMPTS,
     add_chat_argument,
@@ -136,12 +136,10 @@ def common_of(args: argparse.Namespace, *, run_dir: Path | None) -> dict[str, An
         FileNotFoundError: if a file is missing.
         ValueError: if a file is not what it should be, or an option is out of range.
     """
-    device = device_of(args)
+    device = training_device(args)
     palm, tokenizer = load_model(args.palm, tokenizer=tokenizer_name(args))
     paths = [args.reward_model, *([args.held_out_judge] if hasattr(args, "held_out_judge") else [])]
     judges = [load_judge_for(path, palm, tokenizer, palm_name=args.palm).eval() for path in paths]
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the present one
     return {
         "palm": palm,
         "reward_model": judges[0],

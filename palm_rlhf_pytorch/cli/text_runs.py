@@ -2,18 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.cli.config import config_beside
-from palm_rlhf_pytorch.cli.device import add_device_argument, device_of
+from palm_rlhf_pytorch.cli.device import add_device_argument, training_device
 from palm_rlhf_pytorch.cli.generate import printable
 from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.cli.trackers import accelerator_of as tracked_accelerator_of
@@ -73,7 +72,7 @@ def accelerator_of(args: argparse.Namespace) -> Accelerator:
     Raises:
         ValueError: if there is no such device, or an option of `add_learning_arguments` is out of range.
     """
-    device = device_of(args)
+    device = training_device(args)
     if not args.lr > 0:
         raise ValueError(f"--lr {args.lr} must be above 0")
     for name in COUNTS:
@@ -87,8 +86,6 @@ def accelerator_of(args: argparse.Namespace) -> Accelerator:
         raise ValueError(f"--patience {args.patience} counts evaluations, and --held-out 0 leaves nothing to judge by")
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples}: must be at least 0")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the present one
     precision = {} if args.precision == "float32" else {"mixed_precision": args.precision}
     return tracked_accelerator_of(args, cpu=device.type == "cpu", **precision)
 
@@ -110,26 +107,55 @@ def begin(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         ValueError: if a file cannot go where it should, or the folder holds something else, or a run that is not
             resumed.
     """
-    check_target(args.out)  # before a name beside it is made
-    folder = args.out.with_name(f"{args.out.stem}.run")
+    folder = run_folder(args.out)
     with Ranks(accelerator).together():
         for path in (args.out, tokenizer_path(args.out), samples_path(args.out)):
             check_target(path)
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise ValueError(
-                f"{folder} must be a folder, for the run's checkpoints; move it away, or choose another --out"
-            )
-        foreign = strangers(folder)
-        if foreign:
-            raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
-        if Checkpoints(folder).steps() and not hasattr(args, "resume"):
-            raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
-        if hasattr(args, "resume") and args.out.exists() and not Checkpoints(folder).steps():
-            raise ValueError(
-                f"{args.out} is complete: --resume has nothing to go on with; leave it out to train another in its"
-                " place"
-            )
+        check_run_folder(args, folder, foreign=strangers(folder), begun=bool(Checkpoints(folder).steps()))
     return folder
+
+
+def run_folder(out: Path) -> Path:
+    """Where the checkpoints of a run stand: in palm.run beside palm.pt.
+
+    Raises:
+        ValueError: if no file can be put at `out`, or that is the folder itself.
+    """
+    check_target(out)  # before a name beside it is made
+    folder = out.with_name(f"{out.stem}.run")
+    check_apart(out, folder, holds="the run's checkpoints")
+    return folder
+
+
+def check_apart(out: Path, folder: Path, *, holds: str) -> None:
+    """Raise a ValueError if the result has the name of a folder that the run makes."""
+    if folder.absolute() == out.absolute():
+        raise ValueError(f"--out {out}: a folder of that name is to hold {holds}; choose another name")
+
+
+def check_run_folder(args: argparse.Namespace, folder: Path, *, foreign: Sequence[Path], begun: bool) -> None:
+    """Refuse what stands in the way of a run, before any work.
+
+    Args:
+        args: with `out`, and `resume` where it is asked for.
+        folder: of the checkpoints.
+        foreign: what it holds that is not the run's.
+        begun: whether it holds some of a run.
+
+    Raises:
+        ValueError: if the folder is something else or holds that, or a run that is not resumed, or there is none to
+            resume.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} must be a folder, for the run's checkpoints; move it away, or choose another --out")
+    if foreign:
+        raise ValueError(f"{foreign[0]} is not of this run, whose checkpoints go to that folder; move it away")
+    if begun and not hasattr(args, "resume"):
+        raise ValueError(f"{folder} holds an interrupted run: --resume goes on with it; remove it to begin anew")
+    if not begun and hasattr(args, "resume") and args.out.exists():
+        raise ValueError(
+            f"{args.out} is complete: --resume has nothing to go on with; leave it out to train another in its place"
+        )
 
 
 def beginning(args: argparse.Namespace, accelerator: Accelerator) -> AbstractContextManager[None]:
@@ -149,7 +175,7 @@ def loop_of(args: argparse.Namespace, accelerator: Accelerator, samples: Samples
     given = {name: getattr(args, name) for name in ("warmup_steps", "eval_every", "patience") if hasattr(args, name)}
     return TextLoop(
         lr=args.lr, weight_decay=args.weight_decay, accumulate=args.accumulate, samples=told if told.prompts else None,
-        run_dir=args.out.with_name(f"{args.out.stem}.run"), resume=resume, save_every=args.save_every,
+        run_dir=run_folder(args.out), resume=resume, save_every=args.save_every,
         metrics=MetricsLog(metrics_path(args.out), accelerator=accelerator), accelerator=accelerator,
         description=args.command, **given,
     )  # fmt: skip
@@ -166,7 +192,7 @@ def finish(
     if accelerator.is_main_process:
         save_tokenizer(tokenizer, args.out)
         palm.save(args.out)
-        clear(Checkpoints(args.out.with_name(f"{args.out.stem}.run")))
+        clear(Checkpoints(run_folder(args.out)))
     if found.best_step < found.num_steps:
         say(f"the weights are those of step {found.best_step:,} of {found.num_steps:,}, the best evaluation")
     if "eval/bits_per_byte" in found.metrics:
@@ -185,7 +211,7 @@ def size_of(palm: PaLM, accelerator: Accelerator) -> str:
 
 def told_of_bad_records(bad: list[BadRecord], choice: str) -> Callable[[BadRecord], None]:
     """What `--on-bad-record` asks for: stop, or go on and list them."""
-    return bad.append if choice == "skip" else _stop_at
+    return bad.append if choice == "skip" else stop_at_bad_record
 
 
 def add_bad_record_argument(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
@@ -203,7 +229,8 @@ def say_bad(say: Callable[..., Any], messages: list[str], what: str) -> None:
         say(f"left out: {len(messages) - 5:,} {what} more")
 
 
-def _stop_at(bad: BadRecord) -> NoReturn:
+def stop_at_bad_record(bad: BadRecord) -> NoReturn:
+    """Raise a ValueError that names file, line and field, and the option that goes on."""
     raise ValueError(f"{bad}; mend it, or leave such records out: --on-bad-record skip")
 
 

@@ -184,7 +184,7 @@ def _sources(row: Mapping[str, object], names: Sequence[str]) -> list[str]:
     if several is not None:
         if not isinstance(several, list) or len(several) != len(names):
             raise FieldError("sources", f"must be a list of {len(names)}, one for each response")
-        given = [str(source) for source in several]
+        given = ["" if source is None else str(source) for source in several]
     else:
         own = [name.replace("response", "source") if name.startswith("response_") else "source" for name in names]
         given = [str(row.get(name, row.get("source", ""))) for name in own]
@@ -203,6 +203,8 @@ def _scores(row: Mapping[str, object], number: int) -> list[float | None]:
 
 def _gold(value: object, names: Sequence[str], kind: int) -> dict[str, Any]:
     """A known answer as it is stored, by place."""
+    if not names:
+        raise FieldError("gold", "stands alone; an answer is known of responses that are there")
     if kind == Kind.PAIR:
         said = str(value).strip().lower()
         place = {"a": 0, "b": 1, names[0]: 0, names[1]: 1, "0": 0, "1": 1}.get(said)

@@ -12,8 +12,7 @@ from palm_rlhf_pytorch.feedback.claims import draw_order
 from palm_rlhf_pytorch.feedback.codes import Kind
 from palm_rlhf_pytorch.feedback.formats import NewCompletion, NewItem, fault_of, plain, read_item
 from palm_rlhf_pytorch.feedback.models import Assignment, Completion, Item, Project
-from palm_rlhf_pytorch.text.datasets import BadRecord, read_prompts, stop_at_bad_record
-from palm_rlhf_pytorch.text.dialogues import FieldError
+from palm_rlhf_pytorch.text.datasets import BadRecord, read_each, read_prompts, stop_at_bad_record
 from palm_rlhf_pytorch.text.rows import check_table, is_table, read_rows
 
 BATCH = 1000  # items of a transaction: others wait as long as it takes
@@ -80,14 +79,12 @@ def read_items(
     assert is_table(path)
     items: list[NewItem] = []
     bad: list[BadRecord] = []
-    for row in read_rows(path):
-        try:
-            if isinstance(row.columns, FieldError):
-                raise row.columns
-            items.append(read_item(row.columns, kind))
-        except FieldError as error:
-            bad.append(BadRecord(str(path), row.line, error.field, error.reason))
-            on_bad_record(bad[-1])
+    rows = ((str(path), row) for row in read_rows(path))
+    for read in read_each(rows, lambda columns, _: read_item(columns, kind), on_bad_record):
+        if isinstance(read, BadRecord):
+            bad.append(read)
+        else:
+            items.append(read)
     if not items:
         raise ValueError(f"{path} holds nothing to judge" + (f"; the first bad row: {bad[0]}" if bad else ""))
     return items, bad

@@ -9,6 +9,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from django.apps import apps
@@ -84,8 +85,9 @@ class Writer:
     def close(self) -> None:
         """End the thread once it has written the item that it is at."""
         with self._lock:
-            while not self._waiting.empty():
-                self._waiting.get_nowait()
+            with suppress(queue.Empty):  # the thread takes from it too: none is there because it was a moment ago
+                while True:
+                    self._waiting.get_nowait()
             self._waiting.put(None)
         self._thread.join()
 

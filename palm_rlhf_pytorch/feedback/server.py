@@ -41,6 +41,8 @@ def make_server(host: str, port: int, *, trusted_proxy: str | None = None) -> An
         "trusted_proxy": trusted_proxy,
         "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto",
     }  # fmt: skip
+    if not 0 <= port < 2**16:  # the system would take it modulo that
+        raise ValueError(f"--port {port} must be from 0 to {2**16 - 1}")
     try:
         return waitress.create_server(
             application, host=host.strip("[]"), port=port, threads=THREADS, ident=None, max_request_body_size=MAX_BODY,

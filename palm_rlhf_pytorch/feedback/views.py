@@ -29,8 +29,7 @@ class Login(LoginView):
         try:
             accounts.check_login(*self._who())
         except ThrottledError as error:
-            form = self.get_form()
-            form.errors.clear()
+            form = self.get_form_class()(request, initial={"username": self._who()[0]})  # checks no password
             context = self.get_context_data(form=form, error=f"{str(error).capitalize()}.")
             response = self.render_to_response(context, status=429)
             response.headers["Retry-After"] = str(error.seconds)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from palm_rlhf_pytorch.products import linear, product_dtype
+from palm_rlhf_pytorch.products import linear, product_dtype, transposed
 from palm_rlhf_pytorch.tensors import at_least_float32, check_masked
 
 # logits of a chunk: few enough to be small beside a model, many enough that the products are efficient
@@ -175,8 +175,8 @@ class _MeanLoss(torch.autograd.Function):
 def _add_product(total: Tensor | None, error: Tensor, rows: Tensor) -> Tensor:
     """Of total + error.T @ rows the sum, in place, in at least float32; None is nothing yet."""
     if total is None:
-        return at_least_float32(linear(error.t(), rows.t()))
-    return total.addmm_(error.t(), rows) if error.dtype == total.dtype else total.add_(linear(error.t(), rows.t()))
+        return at_least_float32(transposed(error, rows))
+    return total.addmm_(error.t(), rows) if error.dtype == total.dtype else total.add_(transposed(error, rows))
 
 
 def _counted_targets(ids: Tensor, mask: Tensor | None, ignore_index: int | None) -> Tensor:

@@ -193,7 +193,7 @@ class Decoder:
         return x if low is None else x.add_((out @ low.down_out) @ low.up_out)
 
     def _place(self, x: Tensor, gains: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries, key and value (b, h + 2, 2, d / 2), halves of their pairs apart; the value stays as it is."""
+        """Queries, key and value (b, h + 2, 2, d / 2), halves of their pairs apart; a value that is finite stays so."""
         if gains is not None:
             normed = F.rms_norm(at_least_float32(x[:, :-1]), x.shape[-2:], eps=RMS_EPS) * gains
             x = torch.cat((normed, x[:, -1:].to(normed.dtype)), dim=1)

@@ -13,20 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from palm_rlhf_pytorch.palm.inputs import check_length
-from palm_rlhf_pytorch.palm.text_training import (
-    HeldOutText,
-    Samples,
-    TextLoop,
-    TextLoss,
-    TextTraining,
-    text_bytes,
-    weights_digest,
-)
+from palm_rlhf_pytorch.palm.text_training import HeldOutText, Samples, TextLoop, TextLoss, TextTraining, text_bytes
 from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.text.chats import end_token, stop_strings
 from palm_rlhf_pytorch.text.demonstrations import Demonstration, Demonstrations, example_of, prompt_of
 from palm_rlhf_pytorch.text.packing import Packed, PackedBatches, pack, packed_batch
 from palm_rlhf_pytorch.text.tokenizer import Tokenizer
+from palm_rlhf_pytorch.training.digests import tensors_digest
 from palm_rlhf_pytorch.training.ranks import Ranks
 
 SCOPE = "finetune"  # of the adapter, while it is trained
@@ -97,7 +90,8 @@ def finetune(
     data = batches.digest
     if lora_r is not None:
         # checkpoints hold the adapter alone, which is worth nothing on other weights
-        data += f", rank {lora_r} on {weights_digest(palm.palm_parameters())}"
+        trunk = tensors_digest(("", weight) for weight in palm.palm_parameters())
+        data += f", rank {lora_r} on {trunk}"
         adapter = palm.new_adapter(r=lora_r, generator=torch.Generator().manual_seed(seed))
         palm.finetune_modules.add(SCOPE, adapter)
     done = None

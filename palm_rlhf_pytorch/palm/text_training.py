@@ -3,7 +3,6 @@
 The loop is training/supervised.py's. Knows batches of text, not where they come from.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -265,14 +264,6 @@ class TextTraining:
     best_step: int
     metrics: dict[str, float]
     stopped: str | None
-
-
-def weights_digest(weights: Iterable[Tensor]) -> str:
-    """SHA-256 over weights: of those that a checkpoint does not hold, and a resumed run must find as they were."""
-    found = hashlib.sha256()
-    for weight in weights:
-        found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _num_targets(batch: Batch) -> int:

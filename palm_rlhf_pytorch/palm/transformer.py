@@ -177,9 +177,10 @@ class PaLM(PaLMFiles, nn.Module):
         x = x if extra_embed is None else x + extra_embed.to(x.dtype)
         for index, layer in enumerate(self.layers):
             first = since if index == len(self.layers) - 1 else 0
+            part = {"since": first} if first else {}
             lora = None if adapter is None else adapter.layer(index)
             store = None if cache is None else partial(cache.store, index)
-            x = x[:, first:] + layer(x, common, lora=lora, store=store, since=first)
+            x = x[:, first:] + layer(x, common, lora=lora, store=store, **part)
         return self.norm(x)
 
     def to_logits(self, hidden: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         lengths: Tensor | None = None,
         num_tokens: int | None = None,
+        since: int = 0,
         entropy_grad: bool = True,
         kl_grad: bool = False,
     ) -> PolicyOutput:
@@ -189,13 +190,14 @@ class ActorCritic(nn.Module):
             temperature: of sampling; it divides the logits here too.
             lengths: tokens of each response, at most t, (b,): no more is read out, places beyond are 0. None for all.
             num_tokens: the sum of lengths, where the caller knows it; to ask the device for it is to wait for it.
+            since: a place before which nothing is read out, below every prompt's length, in order not to compute it.
             entropy_grad: whether the entropy is part of a loss; without it has no gradient, which is cheaper.
             kl_grad: whether the exact KL to the reference is part of a loss: it takes a pass of the reference too.
 
         Returns:
             PolicyOutput, (b, t) each.
         """
-        at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
+        at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens, since)
         model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences, since=at.since))
         values = self._values(sequences, at)
         options = self.truncation._asdict() | {"temperature": temperature, "entropy_grad": entropy_grad}
@@ -218,9 +220,10 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         lengths: Tensor | None = None,
         num_tokens: int | None = None,
+        since: int = 0,
     ) -> Observation:
         """What `forward` gives, and the reference beside it, from one pass of each hat; arguments as there."""
-        at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens)
+        at = _places(sequences, prompt_lengths, response_length, lengths, num_tokens, since)
         model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences, since=at.since))
         found = compared_logprobs(
             hidden, model.token_emb.weight, at.ids, ref_hidden=self._ref_hidden(sequences, at),
@@ -234,7 +237,7 @@ class ActorCritic(nn.Module):
         self, sequences: Tensor, prompt_lengths: Tensor, response_length: int, *, temperature: float, lengths: Tensor
     ) -> Tensor:
         """The log-probabilities of `forward` alone, (b, t), from one pass of the actor; arguments as there."""
-        at = _places(sequences, prompt_lengths, response_length, lengths, None)
+        at = _places(sequences, prompt_lengths, response_length, lengths, None, 0)
         model, hidden = self.actor.model(self.palm), at.before(self.actor.embed(self.palm, sequences, since=at.since))
         options = self.truncation._asdict() | {"temperature": temperature, "entropy_grad": False}
         return at.put(chosen_logprobs(hidden, model.token_emb.weight, at.ids, **options).logprobs)
@@ -296,7 +299,7 @@ class Places(NamedTuple):
     """Which response tokens are read out, m of them.
 
     shape: (b, t).
-    since: the place before the first of them in all rows, if known: hidden states are needed from there on.
+    since: hidden states are needed from there on.
     slots: where they belong in (b t), (m,); None where they are all of it.
     sources: where the token before each stands in (b (n - since)), (m,): what predicts it, and what values it.
     ids: the tokens themselves, (m,).
@@ -320,7 +323,7 @@ class Places(NamedTuple):
 
 
 def _places(
-    sequences: Tensor, prompt_lengths: Tensor, steps: int, lengths: Tensor | None, num_tokens: int | None
+    sequences: Tensor, prompt_lengths: Tensor, steps: int, lengths: Tensor | None, num_tokens: int | None, since: int
 ) -> Places:
     """The response tokens within lengths, or all t of each row, those beyond the sequence standing for its last."""
     (batch, total), device = sequences.shape, sequences.device
@@ -333,7 +336,7 @@ def _places(
         step = torch.arange(len(rows), device=device) - (lengths.cumsum(0) - lengths)[rows]
         slots = rows * steps + step
     place = prompt_lengths[rows] + step
-    since = int(prompt_lengths.min()) - 1 if device.type == "cpu" else 0  # another device would be waited for
+    since = since if device.type == "cpu" else 0  # the mask that it takes would cost a GPU its fastest attention
     sources = rows * (total - since) + (place - 1).clamp(max=total - 1) - since
     targets = rows * total + place.clamp(max=total - 1)
     return Places((batch, steps), since, slots, sources, sequences.flatten()[targets])

@@ -4,7 +4,6 @@ Log-probabilities of whole responses come from one function for both, so that th
 an objective says. Those of the reference are read once and kept in a file.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import Hat
 from palm_rlhf_pytorch.policy.direct_data import TokenTexts
 from palm_rlhf_pytorch.tensors import split_rows
+from palm_rlhf_pytorch.training.digests import tensors_digest
 from palm_rlhf_pytorch.training.ranks import Ranks
 from palm_rlhf_pytorch.training.tensor_file import load_tensors, save_tensors
 
@@ -129,11 +129,8 @@ def check_whole(accelerator: Accelerator) -> None:
 
 def digest_of(palm: PaLM) -> str:
     """SHA-256 of a model's configuration and base weights; it takes seconds a gigabyte."""
-    found = hashlib.sha256(json.dumps(palm.config, sort_keys=True, default=str).encode())
-    for name, parameter in palm.named_base_parameters():
-        found.update(f"{name} {parameter.dtype}".encode())
-        found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    weights = ((f"{name} {weight.dtype}", weight) for name, weight in palm.named_base_parameters())
+    return tensors_digest(weights, told=json.dumps(palm.config, sort_keys=True, default=str))
 
 
 class Reference:

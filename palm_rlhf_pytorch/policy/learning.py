@@ -292,8 +292,8 @@ class Learner:
         with self.accelerator.autocast():
             out = self.model(
                 rollout.sequences, rollout.prompt_lengths, rows.steps, temperature=rollout.temperature,
-                lengths=rollout.lengths, num_tokens=rows.num_tokens, entropy_grad=self.loss.entropy_grad,
-                kl_grad=self.loss.kl_grad,
+                lengths=rollout.lengths, num_tokens=rows.num_tokens, since=rows.since,
+                entropy_grad=self.loss.entropy_grad, kl_grad=self.loss.kl_grad,
             )  # fmt: skip
         found = self.loss(out, rollout, Targets(*(part.to(device) for part in targets)), mask, counts)
         # while the critic warms up the policy's gradient is 0 but there: ranks wait for one

@@ -118,12 +118,15 @@ class Rows(NamedTuple):
     numbers: which rows, (b,), on the device.
     total: tokens of the longest sequence among them; steps: of the longest response.
     num_tokens: response tokens of all of them together.
+    since: the last place of the shortest prompt of the whole rollout: what is read out stands there or later, and a
+        row's numbers do not depend on which other rows come with it.
     """
 
     numbers: Tensor
     total: int
     steps: int
     num_tokens: int
+    since: int
 
 
 def row_batches(
@@ -143,12 +146,13 @@ def row_batches(
         max_rows: see `split_rows`, as for `max_tokens`.
         max_tokens: rows times the longest sequence of a batch.
     """
+    since = max(0, min((prompt for prompt, _ in spans), default=1) - 1)
     parts = split_rows([sum(spans[row]) for row in rows], max_rows=max_rows or len(rows), max_tokens=max_tokens)
     numbers, start = torch.tensor([rows[place] for part in parts for place in part], device=device), 0
     for part in parts:  # a view at a time: there can be thousands
         batch, end = [spans[rows[place]] for place in part], start + len(part)
         lengths = [length for _, length in batch]
-        yield Rows(numbers[start:end], max(map(sum, batch)), max(lengths), sum(lengths))
+        yield Rows(numbers[start:end], max(map(sum, batch)), max(lengths), sum(lengths), since)
         start = end
 
 
@@ -286,6 +290,7 @@ def observed(actor_critic: ActorCritic, rollout: Rollout, *, max_batch_tokens: i
         found = actor_critic.observe(
             rollout.sequences[rows.numbers, : rows.total], rollout.prompt_lengths[rows.numbers], rows.steps,
             temperature=rollout.temperature, lengths=rollout.lengths[rows.numbers], num_tokens=rows.num_tokens,
+            since=rows.since,
         )  # fmt: skip
         for record, values in zip(seen, found, strict=True):
             record[rows.numbers, : rows.steps] = values.to(record.dtype)

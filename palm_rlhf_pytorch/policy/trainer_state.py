@@ -6,7 +6,6 @@ torch are kept for judges that draw from them. The frozen trunk is not written; 
 is not taken up over another model.
 """
 
-import hashlib
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.palm.config import BEHAVIOUR
-from palm_rlhf_pytorch.palm.transformer import PaLM
 from palm_rlhf_pytorch.policy.actor_critic import ActorCritic
 from palm_rlhf_pytorch.policy.arguments import Call
 from palm_rlhf_pytorch.policy.doctor import Doctor
@@ -33,6 +31,7 @@ from palm_rlhf_pytorch.policy.trainer_record import COUNTERS, FlightRecord, Reco
 from palm_rlhf_pytorch.policy.watch import Watch
 from palm_rlhf_pytorch.reward.weighted import JudgeSum, ScoreNormalizer
 from palm_rlhf_pytorch.training.checkpoint import Checkpoint
+from palm_rlhf_pytorch.training.digests import tensors_digest
 from palm_rlhf_pytorch.training.optimizer_state import check_optimizer_state, given_state, kept_state
 from palm_rlhf_pytorch.training.optimizers import kind_of
 from palm_rlhf_pytorch.training.random_states import random_states, set_random_states
@@ -321,18 +320,8 @@ def _check_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> N
 
 
 def _trunk(trainer: Trainer) -> str:
-    """The digest of the frozen trunk, taken once: to read all weights takes seconds a gigabyte."""
+    """The digest of the frozen trunk, by the names of its weights, taken once."""
     if trainer.trunk_digest is None:
         with trainer.learner.whole():
-            trainer.trunk_digest = _digest(trainer.actor_critic.palm)
+            trainer.trunk_digest = tensors_digest(trainer.actor_critic.palm.named_base_parameters())
     return trainer.trunk_digest
-
-
-def _digest(palm: PaLM) -> str:
-    """SHA-256 of the frozen weights, by name."""
-    digest = hashlib.sha256()
-    for name, parameter in palm.named_base_parameters():
-        digest.update(name.encode())
-        weights = parameter.detach().cpu().contiguous()
-        digest.update(weights.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

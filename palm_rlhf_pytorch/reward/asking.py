@@ -17,10 +17,9 @@ from torch import Tensor
 from palm_rlhf_pytorch.reward.ensemble import RewardEnsemble
 from palm_rlhf_pytorch.reward.labels import encode_labels, read_texts
 from palm_rlhf_pytorch.text.columns import read_columns
-from palm_rlhf_pytorch.text.datasets import BadRecord, Labels, stop_at_bad_record
+from palm_rlhf_pytorch.text.datasets import BadRecord, Labels, read_each, source_rows, stop_at_bad_record
 from palm_rlhf_pytorch.text.dialogues import FieldError
-from palm_rlhf_pytorch.text.records import Pair
-from palm_rlhf_pytorch.text.rows import check_table, read_rows
+from palm_rlhf_pytorch.text.records import Label, Pair
 
 PREFERRED = ("chosen", "rejected")
 # columns that say which response is preferred, or by how much: for a question they are taken away
@@ -117,24 +116,23 @@ def read_questions(path: str | Path, *, on_bad_record: Callable[[BadRecord], Non
         FileNotFoundError, ValueError: if the file is missing, of no known kind, or holds no pair.
     """
     labels = Labels()
-    check_table(Path(path))
-    for row in read_rows(Path(path)):
+    for read in read_each(source_rows(path), _question, on_bad_record):
         labels.rows += 1
-        try:
-            if isinstance(row.columns, FieldError):
-                raise row.columns
-            read = read_columns(_unjudged(row.columns), line=row.line)
-            if not isinstance(read.labels[0], Pair):
-                raise FieldError("", "holds no pair; give response_a and response_b, or chosen and rejected")
-        except FieldError as error:
-            bad = BadRecord(str(path), row.line, error.field, error.reason)
-            labels.bad.append(bad)
-            on_bad_record(bad)
-            continue
-        labels.records += read.labels
+        if isinstance(read, BadRecord):
+            labels.bad.append(read)
+        else:
+            labels.records += read
     if not labels.records:
         raise ValueError(f"{path} holds no pair" + (f"; the first bad record: {labels.bad[0]}" if labels.bad else ""))
     return labels
+
+
+def _question(columns: Mapping[str, object], line: int) -> list[Label]:
+    """The pair of a row."""
+    found = read_columns(_unjudged(columns), line=line).labels
+    if not isinstance(found[0], Pair):
+        raise FieldError("", "holds no pair; give response_a and response_b, or chosen and rejected")
+    return found
 
 
 def _unjudged(columns: Mapping[str, object]) -> dict[str, object]:

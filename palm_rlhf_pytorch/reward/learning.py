@@ -43,6 +43,7 @@ from palm_rlhf_pytorch.text.datasets import Labels
 from palm_rlhf_pytorch.text.records import Label
 from palm_rlhf_pytorch.training.best import Best
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
+from palm_rlhf_pytorch.training.digests import tensors_digest
 from palm_rlhf_pytorch.training.metrics import MetricsLog
 from palm_rlhf_pytorch.training.optimizers import OptimizerFactory
 from palm_rlhf_pytorch.training.ranks import Ranks
@@ -193,11 +194,10 @@ def _told(model: "LabelledLoss", course: Course, held_out: EncodedLabels | None)
     """What decides the weights of a run, beside `fit`'s own arguments and its checkpoints."""
     reward_model, rankings = model.reward_model, getattr(model.rankings, "__name__", type(model.rankings).__name__)
     labels = repr((course.own, course.encoded.digest, None if held_out is None else held_out.digest))
-    trunk = hashlib.sha256(repr(reward_model.palm.config).encode())
-    if reward_model.settings.use_lora:  # checkpoints hold the adapter alone, which is worth nothing on another trunk
-        for weight in reward_model.palm.parameters():
-            trunk.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    digests = f"labels {hashlib.sha256(labels.encode()).hexdigest()[:16]}, trunk {trunk.hexdigest()[:16]}"
+    # checkpoints hold the adapter alone, which is worth nothing on another trunk
+    weights = reward_model.palm.parameters() if reward_model.settings.use_lora else ()
+    trunk = tensors_digest((("", weight) for weight in weights), told=repr(reward_model.palm.config))
+    digests = f"labels {hashlib.sha256(labels.encode()).hexdigest()[:16]}, trunk {trunk[:16]}"
     return f"{digests}, centering {model.centering}, {rankings}, {reward_model.settings}"
 
 

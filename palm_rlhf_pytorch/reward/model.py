@@ -236,8 +236,9 @@ class RewardModel(RewardModelFiles, nn.Module):
         """What the head gives, (b, c or 1), in float32 whatever the trunk's dtype and autocast."""
         kinds = torch.where(texts.prompt_mask[..., None], self.prompt_embed, self.response_embed)
         dropout = self.settings.dropout if self.training else 0.0
-        # nothing before the first place that is pooled is looked at; another device would be waited for
-        since = int(texts.pooled.any(dim=0).int().argmax()) if texts.pooled.device.type == "cpu" else 0
+        # nothing before the first place that is pooled is looked at; a GPU would be waited for, a compiler stopped
+        asks = texts.pooled.device.type == "cpu" and not torch.compiler.is_compiling()
+        since = int(texts.pooled.any(dim=0).int().argmax()) if asks else 0
         hidden = self.palm.embed(
             texts.seq, mask=texts.mask, adapter=self.adapter, extra_embed=kinds, dropout=dropout, since=since
         )

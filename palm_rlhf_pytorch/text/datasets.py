@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.text.columns import read_columns
+from palm_rlhf_pytorch.text.columns import Read, read_columns
 from palm_rlhf_pytorch.text.dialogues import FieldError, opening_of, read_turns, render_prompt
 from palm_rlhf_pytorch.text.records import Label, Rating, Text
 from palm_rlhf_pytorch.text.rows import Row, check_table, is_table, read_rows
@@ -189,19 +189,15 @@ def read_labels(
         TypeError: if source is a single row or a dictionary of splits, or holds something else than rows and paths.
         FileNotFoundError, ValueError: if a file is missing, of no known kind, or not one label can be read.
     """
-    if isinstance(source, Mapping):
-        raise TypeError("source is a mapping: give a list of rows, or one split of a dataset")
+
+    def read_row(row: Mapping[str, object], line: int) -> Read:
+        return read_columns(_renamed(row, columns or {}), line=line, bins=bins)
+
     labels = Labels()
-    for file, row in source_rows(source):
+    for read in read_each(source_rows(source), read_row, on_bad_record):
         labels.rows += 1
-        try:
-            if isinstance(row.columns, FieldError):
-                raise row.columns
-            read = read_columns(_renamed(row.columns, columns or {}), line=row.line if file else 0, bins=bins)
-        except FieldError as error:
-            bad = BadRecord(file, row.line, error.field, error.reason)
-            labels.bad.append(bad)
-            on_bad_record(bad)
+        if isinstance(read, BadRecord):
+            labels.bad.append(read)
             continue
         labels.records += read.labels
         labels.counts.update(read.notes)
@@ -227,6 +223,7 @@ class Grouped(Protocol):
 
 
 Record = TypeVar("Record", bound=Grouped)
+Found = TypeVar("Found")
 
 
 def split_by_group(records: Sequence[Record], *, held_out: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
@@ -268,7 +265,14 @@ def _group(record: Grouped) -> str:
 
 
 def source_rows(source: str | Path | Iterable[str | Path | Mapping[str, object]]) -> Iterator[tuple[str, Row]]:
-    """Rows and the names of their files; all files are looked at before the first is read."""
+    """Rows and the names of their files, "" for none; all files are looked at before the first is read.
+
+    Raises:
+        TypeError: if source is a single row or a dictionary of splits, or holds something else than rows and paths.
+        FileNotFoundError, ValueError: if a file is missing, or of no known kind.
+    """
+    if isinstance(source, Mapping):
+        raise TypeError("source is a mapping: give a list of rows, or one split of a dataset")
     items = [source] if isinstance(source, str | Path) else source
     paths = [Path(item) for item in items if isinstance(item, str | Path)] if isinstance(items, Sequence) else []
     for path in paths:
@@ -281,6 +285,31 @@ def source_rows(source: str | Path | Iterable[str | Path | Mapping[str, object]]
             yield "", Row(number, item)
         else:
             raise TypeError(f"source holds a {type(item).__name__}; give paths, or rows that map columns to values")
+
+
+def read_each(
+    rows: Iterable[tuple[str, Row]],
+    read_row: Callable[[Mapping[str, object], int], Found],
+    on_bad_record: Callable[[BadRecord], None],
+) -> Iterator[Found | BadRecord]:
+    """What is read of each row, or the bad record that it is, once `on_bad_record` was told of it.
+
+    Args:
+        rows: with the names of their files, as `source_rows` gives them.
+        read_row: takes a row's columns and its line, 0 without a file; raises a FieldError where it cannot be read.
+        on_bad_record: is told of each row that cannot be read, and may raise.
+    """
+    for file, row in rows:
+        try:
+            if isinstance(row.columns, FieldError):
+                raise row.columns
+            found = read_row(row.columns, row.line if file else 0)
+        except FieldError as error:
+            bad = BadRecord(file, row.line, error.field, error.reason)
+            on_bad_record(bad)
+            yield bad
+        else:
+            yield found
 
 
 def _renamed(row: Mapping[str, object], columns: Mapping[str, str | None]) -> Mapping[str, object]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.text.chats import chat_example, chat_prompt
-from palm_rlhf_pytorch.text.datasets import BadRecord, source_rows, stop_at_bad_record
+from palm_rlhf_pytorch.text.datasets import BadRecord, read_each, source_rows, stop_at_bad_record
 from palm_rlhf_pytorch.text.dialogues import (
     FieldError,
     Turn,
@@ -91,22 +91,15 @@ def read_demonstrations(
         TypeError: if source is a single row, or holds something else than rows and paths.
         FileNotFoundError, ValueError: if a file is missing, of no known kind, or not one record can be read.
     """
-    if isinstance(source, Mapping):
-        raise TypeError("source is a mapping: give a list of rows, or one split of a dataset")
     found = Demonstrations()
-    for file, row in source_rows(source):
+    for read in read_each(source_rows(source), _read_row, on_bad_record):
         found.rows += 1
-        try:
-            if isinstance(row.columns, FieldError):
-                raise row.columns
-            record, read = _demonstration(row.columns, line=row.line if file else 0)
-        except FieldError as error:
-            bad = BadRecord(file, row.line, error.field, error.reason)
-            found.bad.append(bad)
-            on_bad_record(bad)
+        if isinstance(read, BadRecord):
+            found.bad.append(read)
             continue
+        record, unread = read
         found.records.append(record)
-        found.unread.update(str(name) for name in row.columns if name not in read)
+        found.unread.update(unread)
     if not found.records:
         first = f"; the first of {len(found.bad):,} bad records: {found.bad[0]}" if found.bad else ""
         raise ValueError(f"source holds no dialogue{first}")
@@ -136,6 +129,12 @@ def prompt_of(record: Demonstration, tokenizer: Tokenizer) -> Tensor | None:
         asked = record.turns[:-1]
         return chat_prompt(asked, tokenizer) if asked and asked[-1].role == "user" else None
     return tokenizer.encode(record.plain.prompt) if record.plain.prompt else None
+
+
+def _read_row(columns: Mapping[str, object], line: int) -> tuple[Demonstration, list[str]]:
+    """The record of a row, and the columns that nothing was read from."""
+    record, read = _demonstration(columns, line=line)
+    return record, [str(name) for name in columns if name not in read]
 
 
 def _demonstration(columns: Mapping[str, object], *, line: int) -> tuple[Demonstration, set[str]]:

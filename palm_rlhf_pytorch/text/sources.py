@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from palm_rlhf_pytorch.text.datasets import BadRecord, stop_at_bad_record
+from palm_rlhf_pytorch.text.datasets import BadRecord, read_each, stop_at_bad_record
 from palm_rlhf_pytorch.text.dialogues import FieldError
 from palm_rlhf_pytorch.text.rows import read_rows
 
@@ -153,18 +153,13 @@ def _read(file: IO[bytes], path: Path, place: int) -> bytes:
 
 
 def _row_texts(path: Path, column: str, on_bad_record: Callable[[BadRecord], None]) -> Iterator[str]:
-    for row in read_rows(path):
-        try:
-            text = _text_of(row.columns, column)
-        except FieldError as error:
-            on_bad_record(BadRecord(str(path), row.line, error.field, error.reason))
-            continue
-        yield text.replace("\r\n", "\n").replace("\r", "\n")
+    rows = ((str(path), row) for row in read_rows(path))
+    for text in read_each(rows, lambda columns, _: _text_of(columns, column), on_bad_record):
+        if not isinstance(text, BadRecord):
+            yield text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _text_of(columns: Mapping[str, object] | FieldError, column: str) -> str:
-    if isinstance(columns, FieldError):
-        raise columns
+def _text_of(columns: Mapping[str, object], column: str) -> str:
     text = columns.get(column)
     if not isinstance(text, str):
         kind = "is missing" if text is None else f"is of type {type(text).__name__}"

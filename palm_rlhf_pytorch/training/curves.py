@@ -14,7 +14,7 @@ import yaml
 
 from palm_rlhf_pytorch.training.checkpoint import Checkpoints
 from palm_rlhf_pytorch.training.manifest import CheckpointError, read_manifest, step_name
-from palm_rlhf_pytorch.training.metrics import GLOSSARY, read_metrics
+from palm_rlhf_pytorch.training.metrics import GLOSSARY, joined_names, read_metrics
 
 METRICS = "metrics.jsonl"
 SETTINGS = ("settings", "plan", "call")  # where checkpoints of our trainers keep what a run was asked for
@@ -234,7 +234,7 @@ def _read(path: Path, name: str) -> RunCurves:
     for line in read_metrics(path):
         if not isinstance(line.get("step"), int):
             raise ValueError(f"{path} has a line without a step: it is no metrics file")
-        lines[line["step"]] = line
+        lines[line["step"]] = {name: value for name, value in line.items() if isinstance(value, int | float)}
     if not lines:
         raise ValueError(f"{path} holds no whole line yet: there is nothing to draw")
     own = _settings(path.parent) if path.name == METRICS else {}
@@ -264,7 +264,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         found = {"trainer": kind} | ({"seed": values["seed"]} if "seed" in values else {})
         for group in SETTINGS:
             known = values.get(group)
-            found |= _flat(known) if isinstance(known, Mapping) else {}
+            found |= joined_names(known) if isinstance(known, Mapping) else {}
         return {name: value for name, value in found.items() if name not in PROGRESS}
     return {}
 
@@ -276,11 +276,4 @@ def _options(metrics: Path) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (yaml.YAMLError, UnicodeDecodeError):  # someone else's file
         return {}
-    return _flat(found) if isinstance(found, Mapping) else {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+    return joined_names(found) if isinstance(found, Mapping) else {}

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -216,6 +217,15 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         if not isinstance(record, dict):
             raise ValueError(f"line {number} of {path} is not a JSON object; is it a metrics file?")
         found.append({name: math.nan if value is None else value for name, value in record.items()})
+    return found
+
+
+def joined_names(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a nested mapping under one name each, joined by dots: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        found |= joined_names(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
 
 

@@ -7,7 +7,6 @@ Knows no model and no process group: in a run of several processes the caller le
 """
 
 import errno
-import hashlib
 import json
 import pickle
 import re
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.training.atomic import nature, replacing
+from palm_rlhf_pytorch.training.digests import tensors_digest
 from palm_rlhf_pytorch.training.foreign_file import describe, describe_zip
 
 FORMAT_VERSION = 1
@@ -218,11 +218,8 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
     The tensors come sorted by name.
     """
-    digest = hashlib.sha256(json.dumps([metadata[field] for field in FIELDS]).encode())
-    for name, tensor in tensors:
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    named = ((json.dumps([name, str(tensor.dtype), list(tensor.shape)]), tensor) for name, tensor in tensors)
+    return tensors_digest(named, told=json.dumps([metadata[field] for field in FIELDS]))
 
 
 # reading

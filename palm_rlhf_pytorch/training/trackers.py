@@ -20,6 +20,7 @@ from accelerate.utils import ProjectConfiguration
 
 from palm_rlhf_pytorch.extras import needs
 from palm_rlhf_pytorch.training.atomic import replacing
+from palm_rlhf_pytorch.training.metrics import joined_names
 from palm_rlhf_pytorch.training.ranks import Ranks, new_accelerator
 
 PROJECT = "palm-rlhf"
@@ -239,18 +240,15 @@ def check_trackers(log_with: object) -> None:
             raise ImportError(needs(f"log_with={str(name)!r}", str(name), extra=extra))
 
 
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as trackers take it: nested names joined by dots, values bool, int, float or str."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flattened(value, f"{prefix}{name}.")
-        else:
-            plain = isinstance(value, bool | int | float | str)
-            found[f"{prefix}{name}"] = (
-                value if plain else json.dumps(value, default=str) if value is not None else "None"
-            )
-    return found
+    return {name: _plain(value) for name, value in joined_names(config).items()}
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    if isinstance(value, bool | int | float | str):
+        return value
+    return "None" if value is None else json.dumps(value, default=str)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

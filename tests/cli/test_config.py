@@ -103,6 +103,13 @@ def test_a_mistake_in_a_file_is_one_line_and_two(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+def test_a_command_of_commands_takes_no_file(tmp_path, capsys):
+    (tmp_path / "ours.yaml").write_text("action: stats\n")
+    with pytest.raises(SystemExit) as stop:
+        entry.main(["feedback", "--config", str(tmp_path / "ours.yaml")])
+    assert stop.value.code == 2 and "usage: palm-rlhf feedback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_each_command(shell, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -6,6 +6,8 @@ from accelerate import Accelerator
 from palm_rlhf_pytorch.cli import main as entry
 from palm_rlhf_pytorch.cli.outcomes import left_as_found
 from palm_rlhf_pytorch.extras import needs
+from palm_rlhf_pytorch.palm.transformer import PaLM
+from palm_rlhf_pytorch.text.tokenizer import ByteTokenizer
 
 TINY = [
     "--dim", "8", "--depth", "1", "--heads", "1", "--dim-head", "4", "--length", "8", "--batch-size", "2", "--steps",
@@ -40,6 +42,27 @@ def test_a_refused_command_leaves_what_stands_beside_its_model(tmp_path, monkeyp
         assert entry.main(["pretrain", "text.txt", *TINY, *wrong]) == 2
         assert wrong[0].strip("-").replace("-", "_") in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["pretrain", "text.txt", "--out", "mine.run", *TINY],
+        ["pretrain", "text.txt", "--out", "mine.tokens", *TINY],
+        ["pretrain", "text.txt", "--out", "mine", "--tokens", "mine", *TINY],
+        ["finetune", "none.jsonl", "--palm", "none.pt", "--out", "mine.run"],
+        ["reward", "none.jsonl", "--palm", "palm.pt", "--out", "mine.run"],
+    ],
+    ids=lambda argv: " ".join(argv[:5]),
+)
+def test_a_model_that_would_have_the_name_of_a_folder_is_refused_before_the_work(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("words and more words " * 20)
+    PaLM(num_tokens=ByteTokenizer().num_tokens, dim=8, depth=1, heads=1, dim_head=4).save(tmp_path / "palm.pt")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert entry.main(argv) == 2
+    assert f"--out {argv[argv.index('--out') + 1]}: a folder of that name is to hold" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_complete_model_is_not_trained_again_by_resume(tmp_path, monkeypatch, capsys):

@@ -87,6 +87,7 @@ def test_the_key_is_the_same_whichever_side_a_response_stands_on():
         ({"prompt": "p", "completion": "x", "gold": 6}, RATING, "gold"),
         ({"prompt": "p", "completion": "x", "gold": [1, 2]}, RATING, "gold"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "c"}, PAIR, "gold"),
+        ({"prompt": "p", "gold": "a"}, PAIR, "gold"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "scores": [1]}, PAIR, "scores"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "priority": "high"}, PAIR, "priority"),
         ({"chosen": HH + " x", "rejected": "\n\nHuman: other\n\nAssistant: y"}, PAIR, "chosen, rejected"),
@@ -168,3 +169,8 @@ def test_everything_about_a_judgement_is_in_its_own_row():
     assert row["both_bad"] is True and row["choice"] is None
     assert (row["order"], row["note"], row["sources"], row["ms"]) == ([1, 0], "hm", ["old", "new"], 1500)
     assert row["gold"] == {"choice": 0} and row["at"] == "2026-01-02T00:00:00+00:00"
+
+
+def test_a_source_that_is_not_known_is_not_called_none():
+    item = read_item({"prompt": "p", "response_a": "x", "response_b": "y", "sources": [None, "new"]}, PAIR)
+    assert [completion.source for completion in item.completions] == ["", "new"]

@@ -152,3 +152,12 @@ def test_a_model_that_says_the_same_again_and_again_has_no_answer(django_ready):
     author = Author(name="m", palm=palm, asking=ByteTokenizer(), settings={"max_new_tokens": 3, "temperature": 0.0})
     with pytest.raises(ValueError, match="after 3 tries"):
         responder([author], samples=2)("Name a bird.", Kind.PAIR)
+
+
+def test_closing_a_writer_does_not_fail_where_its_thread_takes_the_last_item_first(django_ready, monkeypatch):
+    from palm_rlhf_pytorch.feedback.live import Writer
+
+    writer = Writer(lambda prompt, kind: [])
+    monkeypatch.setattr(writer._waiting, "empty", lambda: False)  # as it was before the thread took what there was
+    writer.close()
+    assert not writer._thread.is_alive()

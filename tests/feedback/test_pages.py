@@ -60,6 +60,23 @@ def test_nothing_but_the_login_page_answers_without_login(make_project, people, 
             assert (answer.status_code, answer["Location"].partition("?")[0]) == (302, "/login/"), page
 
 
+def test_passwords_are_not_looked_at_while_nobody_is_let_in(people, monkeypatch):
+    from django.contrib.auth import forms
+    from django.test import Client
+
+    from palm_rlhf_pytorch.feedback import events
+
+    def never(*_, **__):
+        raise AssertionError("a password was checked")
+
+    monkeypatch.setattr(events, "LOGIN_FAILURES", events.Limit(1, 60))
+    people("anna")
+    assert Client().post("/login/", {"username": "anna", "password": "no such herons"}).status_code == 422
+    monkeypatch.setattr(forms, "authenticate", never)
+    answer = Client().post("/login/", {"username": "anna", "password": "no such herons"})
+    assert answer.status_code == 429 and b'value="anna"' in answer.content
+
+
 def test_login_lets_in_and_holds_up_those_who_guess(people, monkeypatch):
     from django.test import Client
 

@@ -91,3 +91,11 @@ def test_the_wheel_holds_templates_static_files_and_migrations(tmp_path):
     for pattern in ("templates/palm_feedback/*.html", "static/palm_feedback/*.css", "migrations/0001_*.py"):
         wanted = {path.relative_to(root).as_posix() for path in here.glob(pattern)}
         assert wanted and wanted <= names
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused(django_ready, port):
+    from palm_rlhf_pytorch.feedback.server import make_server
+
+    with pytest.raises(ValueError, match=f"--port {port} must be from 0 to 65535"):
+        make_server("127.0.0.1", port).close()

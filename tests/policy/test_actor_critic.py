@@ -55,6 +55,29 @@ def test_actor_and_reference_are_the_same_to_the_bit_before_training(make_palm, 
     assert torch.equal(found, actor_critic.observe(SEQUENCES, PROMPT_LENGTHS, 4).ref_logprobs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lora", [True, False])
+def test_what_is_not_computed_changes_nothing_that_is_read_out(make_palm, move, lora):
+    actor_critic = move(ActorCritic(make_palm(), actor_lora=lora, critic_lora=lora))
+    sequences, prompts = torch.randint(1, 37, (3, 11)), torch.tensor([5, 3, 8])
+    for lengths in (torch.tensor([4, 2, 3]), None):
+        given = {"lengths": lengths}
+        if lengths is None:  # beyond the sequence its last token stands for what is not there
+            given, prompts = {}, torch.tensor([11, 9, 8])
+        for read in (actor_critic, actor_critic.observe):
+            whole = read(sequences, prompts, 4, **given)
+            part = read(sequences, prompts, 4, **given, since=int(prompts.min()) - 1)
+            for one, other in zip(whole, part, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_nothing_is_read_out_of_no_rows(make_palm):
+    nothing = torch.zeros(0, dtype=torch.long)
+    found = ActorCritic(make_palm()).observe(SEQUENCES[:0], PROMPT_LENGTHS[:0], 4, lengths=nothing)
+    assert all(numbers.shape == (0, 4) for numbers in found)
+
+
 def test_entropy_is_that_of_the_tempered_distribution(make_palm):
     palm = make_palm()
     found = ActorCritic(palm)(SEQUENCES, PROMPT_LENGTHS, 4, temperature=0.7).entropy

@@ -1,5 +1,7 @@
 """Texts as tokens, steps over them, and the reference's log-probabilities: what direct trainers stand on."""
 
+import hashlib
+import json
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from palm_rlhf_pytorch.objectives.direct import dpo_loss, with_nll
 from palm_rlhf_pytorch.policy.direct_data import Encoder, TokenTexts, pair_examples, vote_examples
-from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Reference, Tally, check_whole
+from palm_rlhf_pytorch.policy.direct_model import DirectPolicy, Reference, Tally, check_whole, digest_of
 from palm_rlhf_pytorch.policy.direct_records import pairs_of, votes_of
 from palm_rlhf_pytorch.policy.direct_settings import described, settings_from
 from palm_rlhf_pytorch.policy.direct_steps import Steps
@@ -255,3 +257,11 @@ def test_settings_name_what_may_have_been_meant():
 def test_a_loss_is_told_by_its_name_and_numbers():
     whole = partial(with_nll, loss=partial(dpo_loss, beta=0.2), coef=1.5)
     assert described(whole) == "with_nll(coef=1.5, loss=dpo_loss(beta=0.2))"
+
+
+def test_digest_of_a_model_in_files_keeps_its_bits(make_palm):
+    palm = make_palm()
+    expected = hashlib.sha256(json.dumps(palm.config, sort_keys=True).encode())
+    for name, weight in palm.named_base_parameters():
+        expected.update(f"{name} torch.float32".encode() + weight.detach().numpy().tobytes())
+    assert digest_of(palm) == expected.hexdigest()

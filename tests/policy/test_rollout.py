@@ -255,9 +255,11 @@ def test_row_batches_know_what_is_in_them():
     spans = [(2, 1), (1, 4), (5, 5), (1, 1), (3, 2)]  # 3, 5, 10, 2 and 5 tokens
     parts = list(row_batches(spans, [4, 2, 0, 1], device=torch.device("cpu"), max_tokens=11))
     assert [part.numbers.tolist() for part in parts] == [[2], [4, 1], [0]]
-    assert [part[1:] for part in parts] == [(10, 5, 5), (5, 4, 6), (3, 1, 1)]
+    assert [part[1:] for part in parts] == [(10, 5, 5, 0), (5, 4, 6, 0), (3, 1, 1, 0)]
     (whole,) = row_batches(spans, [4, 2, 0], device=torch.device("cpu"))
-    assert whole.numbers.tolist() == [4, 2, 0] and whole[1:] == (10, 5, 8)
+    assert whole.numbers.tolist() == [4, 2, 0] and whole[1:] == (10, 5, 8, 0)
+    (one,) = row_batches([(6, 1), (4, 2)], [0], device=torch.device("cpu"))
+    assert one.since == 3  # by the shortest prompt of all, whichever rows are chosen
 
 
 def test_mode_comes_back_even_after_an_error(make_palm):

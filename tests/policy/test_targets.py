@@ -46,7 +46,7 @@ def test_targets_are_those_worked_by_hand_before_and_after_whitening():
     )  # fmt: skip
     shaping = {"kl_coef": 0.05, "gamma": 1.0, "gae_lambda": 0.95}
     lesson = lesson_of(rollout, torch.tensor([1.0], dtype=torch.float64), shaping=shaping)
-    padded = Rows(torch.tensor([0]), total=5, steps=4, num_tokens=3)
+    padded = Rows(torch.tensor([0]), total=5, steps=4, num_tokens=3, since=0)
     raw = lesson.read(padded)[1]
     lesson.whitening = masked_moments(raw.advantages, mask)
     whitened = lesson.read(padded)[1]

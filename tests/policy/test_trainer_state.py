@@ -1,5 +1,7 @@
 """Saving and resuming: the same bits as a run that never stopped, and files of another run are refused."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -97,6 +99,15 @@ def test_checkpoint_holds_what_is_trained_and_not_the_frozen_trunk(make_trainer,
     assert checkpoint.tensors.keys() == {"model", "optimizer"} and not checkpoint.files
     assert checkpoint.values["settings"] == trainer.settings.plain()
     assert checkpoint.values["palm"]["num_tokens"] == 13
+
+
+def test_digest_of_the_trunk_in_a_checkpoint_keeps_its_bits(make_trainer, tmp_path):
+    trainer, expected = make_trainer(), hashlib.sha256()
+    for name, weight in trainer.actor_critic.palm.named_base_parameters():
+        expected.update(name.encode() + weight.detach().numpy().tobytes())
+    trainer.save(tmp_path / "trainer")
+    checkpoint = load_checkpoint(tmp_path / "trainer", kind="RLHFTrainer")
+    assert checkpoint.values["trunk"] == expected.hexdigest()
 
 
 def test_learning_rates_and_batch_size_may_differ(make_trainer, tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf_pytorch.text.datasets import TokenStream, read_prompts, read_texts
+from palm_rlhf_pytorch.text.datasets import BadRecord, TokenStream, read_each, read_prompts, read_texts
+from palm_rlhf_pytorch.text.dialogues import FieldError
+from palm_rlhf_pytorch.text.rows import Row
 
 
 def test_stream_yields_windows_of_the_tokens():
@@ -108,3 +110,19 @@ def test_read_prompts_takes_the_column_of_a_table(tmp_path):
         path.write_text('{"prompt": "a"}\n' + line, encoding="utf-8")
         with pytest.raises(ValueError, match=rf"prompts.jsonl, line 2: .*{reason}"):
             read_prompts(path)
+
+
+def test_each_row_is_read_or_is_a_bad_record_that_is_told_first():
+    rows = [("a.jsonl", Row(3, {"n": 4})), ("", Row(1, {"n": 5})), ("b.csv", Row(7, FieldError("", "is not CSV")))]
+    told = []
+
+    def read_row(columns, line):
+        if columns["n"] == 5:
+            raise FieldError("n", "is odd")
+        return columns["n"], line
+
+    found = read_each(iter(rows), read_row, told.append)
+    assert next(found) == (4, 3) and not told
+    bad = [BadRecord("", 1, "n", "is odd"), BadRecord("b.csv", 7, "", "is not CSV")]
+    assert list(found) == bad == told
+    assert list(read_each([("", Row(9, {"n": 2}))], read_row, told.append)) == [(2, 0)]  # no file, no line

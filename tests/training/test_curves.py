@@ -148,3 +148,12 @@ def test_page_and_picture_of_runs_that_differ_in_what_they_hold(tmp_path):
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="must end with one of"):
         curves_plot(runs, panels_of(runs), tmp_path / "runs.gif")
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "reward/score": "high", "note": "a", "x": [1]}, {"step": 2, "reward/score": 0.5, "y": None}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = read_runs([tmp_path])
+    assert run.curve("reward/score") == ([2], [0.5]) and run.last("reward/score") == 0.5
+    assert [panel.names for panel in panels_of([run])] == [("reward/score",)]

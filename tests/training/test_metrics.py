@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from palm_rlhf_pytorch.training.metrics import GLOSSARY, MetricsLog, RunningMean, read_metrics
+from palm_rlhf_pytorch.training.metrics import GLOSSARY, MetricsLog, RunningMean, joined_names, read_metrics
 
 
 def test_log_appends_one_json_object_a_line(tmp_path: Path) -> None:
@@ -162,3 +162,8 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes(b"PK\x03\x04\x80\n")
     with pytest.raises(ValueError, match=r"palm.pt is not UTF-8 \(at byte 4\)"):
         read_metrics(path)
+
+
+def test_nested_names_are_joined_by_dots():
+    nested = {"a": {"b": {"c": 1}, "d": [{"x": 2}]}, 3: {"e": None}, "f": {}}
+    assert joined_names(nested) == {"a.b.c": 1, "a.d": [{"x": 2}], "3.e": None}
