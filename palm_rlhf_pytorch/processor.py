@@ -27,17 +27,6 @@ class Processor(NamedTuple):
     flags: frozenset[str]
 
 
-class Float32Rows(NamedTuple):
-    """From how many rows on products in a half-precision format are faster through float32, which gives the same.
-
-    weight: where the weight has to be converted for the product.
-    packed: where it is kept converted.
-    """
-
-    weight: int
-    packed: int
-
-
 @cache
 def this_processor() -> Processor:
     """What the system says of it."""
@@ -59,8 +48,12 @@ def mkl_is_slow() -> bool:
 
 
 @cache
-def float32_rows(dtype: torch.dtype) -> Float32Rows | None:
-    """Where products in a format should be taken through float32 on this processor; None for nowhere.
+def float32_rows(dtype: torch.dtype) -> int | None:
+    """Where this processor is slow in a half-precision format, so that its products should be taken through float32.
+
+    None where it is fast; else the rows from which on a weight that is kept had better be kept in float32. Where the
+    weight is converted for one product, that pays from some 8 or 100 rows on, and is done for fewer all the same: a
+    row's bits would depend on how many come with it.
 
     Measured on an Intel Xeon (torch 2.13, 512 rows by 512 x 4736): held to AVX2 bfloat16 takes 140 ms where float32
     and both conversions take 22; held to AVX-512 without its bfloat16, 49 and 12; with it, 19 to 30 and 16 to 20; with
@@ -74,8 +67,8 @@ def float32_rows(dtype: torch.dtype) -> Float32Rows | None:
     if f"amx_{flag.removeprefix('avx512_')}" in processor.flags and _allowed(None):
         return None
     if flag not in processor.flags or not _allowed(level):
-        return Float32Rows(weight=8, packed=2)
-    return Float32Rows(weight=128, packed=32) if processor.intel and dtype == torch.bfloat16 else None
+        return 2
+    return 32 if processor.intel and dtype == torch.bfloat16 else None
 
 
 def _allowed(level: str | None) -> bool:

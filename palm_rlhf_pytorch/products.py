@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows, out = x.reshape(-1, x.shape[-1]), None
     if _is_large_float32(rows, weight):
         out = _Float32Product.apply(rows, weight)
-    elif _is_slow_half(rows, weight):
+    elif _is_slow_half(x, weight):
         dtype = product_dtype(weight)
         out = _HalfProduct.apply(rows.to(dtype), weight, dtype)
     return F.linear(x, weight) if out is None else out.reshape(*x.shape[:-1], weight.shape[0])
@@ -68,7 +68,7 @@ def pack(weight: Tensor, *, rows: int | None) -> Product:
     if rows is None or not _plain_cpu(weight):
         return partial(_multiply, weight=weight)
     wide = float32_rows(weight.dtype)
-    if wide is not None and rows >= wide.packed:
+    if wide is not None and rows >= wide:
         return partial(_multiply_wide, product=pack(weight.detach().float(), rows=rows), dtype=weight.dtype)
     fast = rows <= 2 and weight.dtype == torch.float32 and not mkl_is_slow()
     if fast or not onednn_works(weight.dtype):
@@ -183,10 +183,8 @@ def _is_large_float32(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_slow_half(x: Tensor, weight: Tensor) -> bool:
-    """Of rows x (m, d)."""
     dtype = product_dtype(weight)
-    wide = float32_rows(dtype)
-    if wide is None or len(x) < wide.weight:
+    if float32_rows(dtype) is None:
         return False
     return torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype == dtype
 

@@ -7,7 +7,6 @@ import torch
 
 from palm_rlhf_pytorch import attention
 from palm_rlhf_pytorch.attention import KVCache, attend, attention_mask, place_tokens
-from palm_rlhf_pytorch.processor import Float32Rows
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def attended_by_loop(q, k, v, allowed):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_slow_half_precision_attends_in_float32_and_is_rounded_once(qkv, monkeypatch, dtype):
-    monkeypatch.setattr(attention, "float32_rows", lambda dtype: Float32Rows(weight=8, packed=2))
+    monkeypatch.setattr(attention, "float32_rows", lambda dtype: 2)
     narrow = tuple(x.to(dtype) for x in qkv)
     allowed = attention_mask(None, 5, 5, causal=True).expand(2, 5, 5)
     exact = attended_by_loop(*(x.double() for x in narrow), allowed)

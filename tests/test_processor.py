@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import processor
-from palm_rlhf_pytorch.processor import Float32Rows, float32_rows, mkl_is_slow
+from palm_rlhf_pytorch.processor import float32_rows, mkl_is_slow
 
-EMULATED, SINGLE = Float32Rows(weight=8, packed=2), Float32Rows(weight=128, packed=32)
+EMULATED, SINGLE = 2, 32  # rows from which on a weight is kept in float32
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 SAPPHIRE = "avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_tile"
 

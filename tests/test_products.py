@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from palm_rlhf_pytorch import products
-from palm_rlhf_pytorch.processor import Float32Rows
 from palm_rlhf_pytorch.products import linear, onednn_works, pack
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -20,9 +19,8 @@ def always_large(monkeypatch):
 
 @pytest.fixture
 def half_is_slow(monkeypatch):
-    """A processor without instructions for half precision: from three rows on it goes through float32."""
-    rows = Float32Rows(weight=3, packed=3)
-    monkeypatch.setattr(products, "float32_rows", lambda dtype: rows if dtype in HALVES else None)
+    """A processor without instructions for half precision: weights for three rows or more are kept in float32."""
+    monkeypatch.setattr(products, "float32_rows", lambda dtype: 3 if dtype in HALVES else None)
 
 
 @pytest.fixture
@@ -125,17 +123,19 @@ def test_slow_half_precision_gives_no_gradient_to_what_is_frozen(half_is_slow, f
     assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
 
 
-def test_half_precision_keeps_torchs_route_for_few_rows_and_where_dtypes_differ(half_is_slow, monkeypatch):
-    taken = []
-    right = products._HalfProduct.apply
-    monkeypatch.setattr(products._HalfProduct, "apply", lambda *given: taken.append(len(given[0])) or right(*given))
-    x, weight = torch.randn(4, 5).bfloat16(), torch.randn(7, 5).bfloat16()
-    for rows in (2, 3, 4):
-        linear(x[:rows], weight)
-    linear(x.float(), weight.float())
+def test_slow_half_precision_rounds_a_row_alike_however_many_there_are(half_is_slow):
+    x, weight = torch.randn(130, 64).bfloat16(), torch.randn(37, 64).bfloat16()
+    whole = linear(x, weight)
+    for rows in (1, 2, 3, 129):
+        assert torch.equal(linear(x[:rows], weight), whole[:rows])
+
+
+def test_half_precision_keeps_torchs_route_where_dtypes_differ(half_is_slow, monkeypatch):
+    monkeypatch.setattr(products._HalfProduct, "apply", lambda *given: pytest.fail("that is not half precision"))
+    x, weight = torch.randn(4, 5), torch.randn(7, 5)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
     with pytest.raises(RuntimeError, match="dtype"):
-        linear(x.half(), weight)
-    assert taken == [3, 4]
+        linear(x.half(), weight.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
