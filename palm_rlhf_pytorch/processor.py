@@ -58,7 +58,7 @@ def float32_rows(dtype: torch.dtype) -> int | None:
     Measured on an Intel Xeon (torch 2.13, 512 rows by 512 x 4736): held to AVX2 bfloat16 takes 140 ms where float32
     and both conversions take 22; held to AVX-512 without its bfloat16, 49 and 12; with it, 19 to 30 and 16 to 20. With
     8 rows it is 2.1 and 1.6, 1.3 and 1.0, 0.7 and 1.1. Processors with AMX, and AMD's with AVX-512's bfloat16, are left
-    their own: their rates are twice those of float32 and more.
+    their own, whose rates by design are twice those of float32 and more; not measured here.
     """
     processor = this_processor()
     if dtype not in DOT_PRODUCTS or not processor.flags:
