@@ -7,6 +7,7 @@ The database is that of PALM_FEEDBACK_DATABASE, or SQLite in PALM_FEEDBACK_DIR; 
 
 import argparse
 import json
+import multiprocessing
 import os
 import threading
 import traceback
@@ -38,8 +39,8 @@ def main() -> None:
     print(json.dumps(outcome(project) | {"errors": errors}))
 
 
-def judge_all(project, user) -> list[str]:
-    """Judge until nothing is left for this person; gives what went wrong."""
+def judge_all(project, user, together) -> list[str]:
+    """Judge until nothing is left for this person, all with an item in hand from the start; gives what went wrong."""
     from django.db import connections
 
     from palm_rlhf_pytorch.feedback.claims import claim
@@ -49,6 +50,8 @@ def judge_all(project, user) -> list[str]:
     for number in count():
         try:
             assignment = claim(project, user)
+            if number == 0:
+                together.wait(60)
             if assignment is None:
                 break
             for _ in range(1 + number % 2):  # now and then twice, as a double click does
@@ -63,7 +66,10 @@ def judge_all(project, user) -> list[str]:
 
 def by_threads(project, users) -> list[str]:
     errors: list[str] = []
-    threads = [threading.Thread(target=lambda user=user: errors.extend(judge_all(project, user))) for user in users]
+    together = threading.Barrier(len(users))
+    threads = [
+        threading.Thread(target=lambda user=user: errors.extend(judge_all(project, user, together))) for user in users
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,11 +79,11 @@ def by_threads(project, users) -> list[str]:
 
 def by_processes(project, users) -> list[str]:
     """A fork for each person; each writes its errors to a pipe."""
-    pipes = []
+    pipes, together = [], multiprocessing.get_context("fork").Barrier(len(users))
     for user in users:
         read, write = os.pipe()
         if os.fork() == 0:
-            os.write(write, json.dumps(judge_all(project, user)).encode()[:60_000])
+            os.write(write, json.dumps(judge_all(project, user, together)).encode()[:60_000])
             os._exit(0)
         os.close(write)
         pipes.append(read)
