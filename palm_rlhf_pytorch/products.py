@@ -40,13 +40,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not _plain_cpu(x) or not _plain_cpu(weight) or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    rows, out = x.reshape(-1, x.shape[-1]), None
-    if _is_large_float32(rows, weight):
-        out = _Float32Product.apply(rows, weight)
+    if _is_large_float32(x, weight):
+        out: Tensor = _Float32Product.apply(x.reshape(-1, x.shape[-1]), weight)
     elif _is_slow_half(x, weight):
         dtype = product_dtype(weight)
-        out = _HalfProduct.apply(rows.to(dtype), weight, dtype)
-    return F.linear(x, weight) if out is None else out.reshape(*x.shape[:-1], weight.shape[0])
+        out = _HalfProduct.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, dtype)
+    else:  # torch lays x out by itself where it must
+        return F.linear(x, weight)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def transposed(x: Tensor, y: Tensor) -> Tensor:
@@ -175,8 +176,7 @@ def _multiply_wide(x: Tensor, *, product: Product, dtype: torch.dtype, onto: Ten
 
 
 def _is_large_float32(x: Tensor, weight: Tensor) -> bool:
-    """Of rows x (m, d)."""
-    large = x.numel() * weight.shape[0] >= LARGE and len(x) > 1
+    large = x.numel() * weight.shape[0] >= LARGE and x.numel() > x.shape[-1]
     if not large or x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     return mkl_is_slow() and onednn_works(torch.float32)

@@ -17,5 +17,5 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]], *, told: str = "") -> 
     found = hashlib.sha256(told.encode())
     for name, tensor in tensors:
         found.update(name.encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

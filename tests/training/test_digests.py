@@ -35,6 +35,7 @@ def test_digest_is_of_what_a_tensor_holds_not_of_how_it_lies_in_memory():
     parameter = torch.nn.Parameter(ROWS.t())
     assert not parameter.is_contiguous()
     assert tensors_digest([("", parameter)]) == sha256(COLUMNS_BYTES)
+    assert tensors_digest([("", ROWS[:, 1])]) == sha256(struct.pack("<2f", -2.0, 4.0))
     assert tensors_digest([("", torch.tensor(0.5))]) == sha256(struct.pack("<f", 0.5))
     assert tensors_digest([("", torch.tensor([1.0, -2.0], dtype=torch.bfloat16))]) == sha256(b"\x80\x3f\x00\xc0")
 
