@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
 FEEDBACK = ["django>=5.2,<7", "django-htmx>=1.28,<2", "whitenoise>=6.9", "waitress>=3"]
+
+# What decoding on a CPU takes at each step, once for each instruction set; palm/native.py picks one, or does without.
+# -fopenmp is for the compiler alone: the runtime is the one that torch has loaded.
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+BUILDS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 setup(
     name="palm-rlhf-pytorch",
@@ -24,6 +30,17 @@ setup(
         "palm_rlhf_pytorch": ["py.typed"],
         "palm_rlhf_pytorch.feedback": ["templates/**/*", "static/**/*"],
     },
+    ext_modules=[
+        Extension(
+            f"palm_rlhf_pytorch.palm._native_{name}",
+            [f"palm_rlhf_pytorch/palm/{file}.c" for file in ("step", "draw")],
+            depends=["palm_rlhf_pytorch/palm/vectors.h"],
+            libraries=["m"],
+            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", *flags],
+            optional=True,  # no compiler, another processor: decoding goes through torch
+        )
+        for name, flags in BUILDS.items()
+    ],
     zip_safe=False,
     python_requires=">=3.11",
     install_requires=["torch>=2.13", "einops", "beartype>=0.23", "accelerate", "tqdm", "numpy"],

@@ -71,6 +71,11 @@ def float32_rows(dtype: torch.dtype) -> int | None:
     return 32 if processor.intel and dtype == torch.bfloat16 else None
 
 
+def is_allowed(*flags: str, level: str) -> bool:
+    """Whether the processor has these instruction sets, and oneDNN was not told to stay below their level."""
+    return this_processor().flags.issuperset(flags) and _allowed(level)
+
+
 def _allowed(level: str | None) -> bool:
     """Whether oneDNN may use the instructions of a level, or those beyond all levels."""
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()

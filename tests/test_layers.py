@@ -54,8 +54,8 @@ TREE = [
     (
         2,
         "palm",
-        "inputs sampling responses graphs generation config pretrained scopes text_generation copying hub files block "
-        "decoding transformer text_training pretraining finetuning",
+        "inputs native sampling responses graphs generation config pretrained scopes text_generation copying hub files "
+        "block rows decoding native_decoding transformer text_training pretraining finetuning",
     ),
     (
         3,

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.attention import KVCache
 from palm_rlhf_pytorch.lora import Adapter, LayerAdapter
 from palm_rlhf_pytorch.palm.block import RMS_EPS, ParallelTransformerBlock
+from palm_rlhf_pytorch.palm.rows import SPAN, Rows
 from palm_rlhf_pytorch.products import Product, pack, product_dtype
-from palm_rlhf_pytorch.rotary import rotary_factors
 from palm_rlhf_pytorch.tensors import at_least_float32
 
-SPAN = 256  # with CUDA graphs, attention reads the cache in multiples of so many places: one graph for each
 STEPS_WORTH_PACKING = 12  # laying out a copy of the weights takes as long as it saves in about ten steps
 
 
@@ -52,7 +50,7 @@ class DecodingLayer(NamedTuple):
     gains: Tensor | None  # of normalised queries and keys, (h + 1, 2, dim_head / 2), dim_head^-0.5 included
 
 
-class Decoder:
+class Decoder(Rows):
     """A language model in the middle of generation: its weights ready for one token a row, and the rows' cache.
 
     Belongs to one call. In float32 an adapter is merged into copies of the weights; in half precision, where the sum
@@ -77,71 +75,37 @@ class Decoder:
         Raises:
             TypeError: if a layer was put into a wrapper: what that does to it would be left out.
         """
-        blocks = [_as_block(layer, index) for index, layer in enumerate(model.layers)]
+        blocks = as_blocks(model)
         self.embedding, self.norm = model.token_emb.weight, model.norm
         dtype, device = product_dtype(self.embedding), self.embedding.device
         self.heads, self.dim_head, self.scale = blocks[0].heads, blocks[0].dim_head, blocks[0].scale
-        self.dtype, self.replayable = dtype, device.type == "cuda" if replayable is None else replayable
+        replayable = device.type == "cuda" if replayable is None else replayable
         rows = batch if steps >= STEPS_WORTH_PACKING else None
         self.layers = [
             _decoding_layer(block, None if adapter is None else adapter.layer(index), dtype=dtype, rows=rows)
             for index, block in enumerate(blocks)
         ]
         self.project_vocabulary = _product(self.embedding.detach(), dtype=dtype, rows=rows)
-        room = -(-room // SPAN) * SPAN if self.replayable else room
-        # of each layer keys and values, (b, 2, room, d)
+        room = -(-room // SPAN) * SPAN if replayable else room
+        # of each layer keys and values together, (b, 2, room, d)
         self.cache = torch.zeros(len(blocks), batch, 2, room, self.dim_head, dtype=dtype, device=device)
-        self.hidden_places: Tensor | None = None  # (b, 1, room), minus infinity where a row has nothing to see
-        if self.replayable:
-            self.hidden_places = torch.full((batch, 1, room), -torch.inf, dtype=dtype, device=device)
-        self.positions = torch.zeros(batch, dtype=torch.long, device=device)
-        self.place = torch.zeros(1, dtype=torch.long, device=device)
-        self.filled = 0  # the place again, where the host can read it without waiting
-        self.factors = _turns(room, self.dim_head, scale_base=model.xpos_scale_base, device=device)
+        super().__init__(
+            batch=batch, room=room, dim_head=self.dim_head, xpos_scale_base=model.xpos_scale_base, dtype=dtype,
+            device=device, replayable=replayable,
+        )  # fmt: skip
         self.kinds = torch.tensor([0] * self.heads + [1, 2], device=device)  # of the factors: queries, key, value
         self.signs = torch.tensor([-1.0, 1.0], device=device)[:, None]  # of the sines, for halves (second, first)
 
-    def take(self, cache: KVCache, rows: Tensor, sources: Tensor, *, end: int) -> None:
-        """Fill rows with what a prefill cached: its rows `sources`, the last token at place end - 1.
+    def store(self, layer: int, rows: Tensor, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put a layer's keys and values (k, n, d) of rows (k,) at places from start on."""
+        for kind, kept in enumerate((keys, values)):
+            self.cache[layer, rows, kind, start : start + kept.shape[1]] = kept
 
-        Args:
-            cache: keys and values of prompts.
-            rows: which rows of this batch, (k,).
-            sources: which rows of the cache they get, (k,).
-            end: tokens of the longest prompt of all, padding included.
-        """
-        start = end - cache.filled
-        for layer in range(len(self.layers)):
-            for kind, kept in enumerate((cache.keys, cache.values)):
-                self.cache[layer, rows, kind, start:end] = kept[layer, sources, : cache.filled]
-        mask = cache.mask[sources, : cache.filled]
-        if self.hidden_places is None and (start or not bool(mask.all())):
-            self.hidden_places = torch.zeros(
-                len(self.positions), 1, self.cache.shape[3], dtype=self.dtype, device=mask.device
-            )
-        if self.hidden_places is not None:
-            self.hidden_places[rows, 0, :start] = -torch.inf
-            hidden = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, -torch.inf)
-            self.hidden_places[rows, 0, start:end] = hidden
-        self.positions[rows] = cache.lengths[sources]
-        self.place.fill_(end)
-        self.filled = end
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows alone, in ascending order; the cache moves within its memory."""
-        count = len(rows)
+    def move(self, rows: Tensor) -> None:
+        """Keep some rows' keys and values alone, (b',) ascending."""
         for cache in self.cache:
-            cache[:count, :, : self.filled] = cache[rows, :, : self.filled]
-        self.cache = self.cache[:, :count]
-        self.positions = self.positions[rows]
-        if self.hidden_places is not None:
-            self.hidden_places = self.hidden_places[rows]
-
-    @property
-    def span(self) -> int:
-        """How many places of the cache the next step reads: those filled then, or for graphs the next multiple."""
-        needed = self.filled + 1
-        return -(-needed // SPAN) * SPAN if self.replayable else needed
+            cache[: len(rows), :, : self.filled] = cache[rows, :, : self.filled]
+        self.cache = self.cache[:, : len(rows)]
 
     def __call__(self, tokens: Tensor, *, span: int) -> Tensor:
         """Logits (b, v) of the successors of tokens (b,), which take the next place; `filled` is the caller's to raise.
@@ -204,22 +168,29 @@ def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, None, norm.eps)
 
 
-def _turns(room: int, dim_head: int, *, scale_base: int | None, device: torch.device) -> Tensor:
-    """Cosines and sines that turn a query, a key and a value at each position, (2, room, 3, 1, dim_head / 2)."""
-    factors = rotary_factors(torch.arange(room, device=device), dim_head, scale_base=scale_base)
-    one, none = torch.ones_like(factors.query_cos), torch.zeros_like(factors.query_sin)
-    cos = torch.stack((factors.query_cos, factors.key_cos, one), dim=2)
-    sin = torch.stack((factors.query_sin, factors.key_sin, none), dim=2)
-    return torch.cat((cos, sin))[..., None, dim_head // 2 :].contiguous()
+def as_blocks(model: Decodable) -> list[ParallelTransformerBlock]:
+    """The model's layers, none of them in a wrapper.
+
+    Raises:
+        TypeError: if one is: what the wrapper does to it would be left out.
+    """
+    blocks = []
+    for index, layer in enumerate(model.layers):
+        if not isinstance(layer, ParallelTransformerBlock):
+            raise TypeError(
+                f"layers.{index} is a {type(layer).__name__}, not a ParallelTransformerBlock: generation reads the"
+                " weights of the layers itself; wrap the whole model, or compile a layer in place (layer.compile())"
+            )
+        blocks.append(layer)
+    return blocks
 
 
-def _as_block(layer: nn.Module, index: int) -> ParallelTransformerBlock:
-    if not isinstance(layer, ParallelTransformerBlock):
-        raise TypeError(
-            f"layers.{index} is a {type(layer).__name__}, not a ParallelTransformerBlock: generation reads the weights"
-            " of the layers itself; wrap the whole model, or compile a layer in place (layer.compile())"
-        )
-    return layer
+def gains_of(block: ParallelTransformerBlock) -> Tensor | None:
+    """Gains of normalised queries and keys, dim_head^-0.5 included, (h + 1, dim_head) of at least float32."""
+    if block.q_norm is None or block.k_norm is None:
+        return None
+    gains = torch.stack((*[block.q_norm.weight] * block.heads, block.k_norm.weight)).detach()
+    return at_least_float32(gains) * block.dim_head**-0.5
 
 
 def _decoding_layer(
@@ -231,12 +202,11 @@ def _decoding_layer(
         weights = block.merged(lora)
     elif lora is not None:
         low_rank = LowRank(*(part.detach().to(dtype) for part in lora.side_by_side()))
-    gains = None
-    if block.q_norm is not None and block.k_norm is not None:
-        gains = torch.stack((*[block.q_norm.weight] * block.heads, block.k_norm.weight)).detach()
-        gains = at_least_float32(gains).unflatten(1, (2, -1)) * block.dim_head**-0.5
+    gains = gains_of(block)
     project_in, project_out = (_product(weight, dtype=dtype, rows=rows) for weight in weights)
-    return DecodingLayer(block.norm, project_in, project_out, low_rank, gains)
+    return DecodingLayer(
+        block.norm, project_in, project_out, low_rank, None if gains is None else gains.unflatten(1, (2, -1))
+    )
 
 
 def _product(weight: Tensor, *, dtype: torch.dtype, rows: int | None) -> Product:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palm_rlhf_pytorch.palm.native import draw_tokens
 from palm_rlhf_pytorch.tensors import at_least_float32
 from palm_rlhf_pytorch.truncation import Truncation, truncate
 
@@ -49,16 +50,20 @@ def sample_tokens(
     Returns:
         Sample(tokens, logprobs), the log-probability under the distribution that was drawn from.
     """
-    logits = at_least_float32(logits)
     if temperature < SMALLEST_TEMPERATURE:
+        logits = at_least_float32(logits)
         tokens = logits.argmax(dim=-1)
         return Sample(tokens, logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1))
-    if temperature != 1:
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no infinity at a small temperature
-    probabilities = truncate(logits, top_k=top_k, top_p=top_p).softmax(dim=-1)
     if uniform is None:
         shape, device = logits.shape[:-1], logits.device
         uniform = torch.rand(shape, dtype=uniform_dtype(device), device=device, generator=generator)
+    drawn = draw_tokens(logits, uniform, temperature=temperature) if top_k is None and top_p is None else None
+    if drawn is not None:
+        return Sample(*drawn)
+    logits = at_least_float32(logits)
+    if temperature != 1:
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no infinity at a small temperature
+    probabilities = truncate(logits, top_k=top_k, top_p=top_p).softmax(dim=-1)
     tokens = _draw(probabilities, uniform)
     return Sample(tokens, probabilities.gather(-1, tokens[..., None])[..., 0].log())
 

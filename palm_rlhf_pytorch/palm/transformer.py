@@ -23,6 +23,7 @@ from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.files import PaLMFiles
 from palm_rlhf_pytorch.palm.generation import continue_prompts
 from palm_rlhf_pytorch.palm.inputs import check_length, check_marks, check_tokens
+from palm_rlhf_pytorch.palm.native_decoding import NativeDecoder, new_decoder
 from palm_rlhf_pytorch.palm.scopes import Scopes
 from palm_rlhf_pytorch.palm.text_generation import generate_text, stream
 from palm_rlhf_pytorch.products import linear, product_dtype
@@ -227,9 +228,9 @@ class PaLM(PaLMFiles, nn.Module):
             dtype=product_dtype(self.token_emb.weight), device=self.device,
         )  # fmt: skip
 
-    def new_decoder(self, *, batch: int, room: int, adapter: Adapter | None, steps: int) -> Decoder:
+    def new_decoder(self, *, batch: int, room: int, adapter: Adapter | None, steps: int) -> Decoder | NativeDecoder:
         """What takes one token a row and step after a prefill, for batch rows of at most room tokens."""
-        return Decoder(self, batch=batch, room=room, adapter=adapter, steps=steps)
+        return new_decoder(self, batch=batch, room=room, adapter=adapter, steps=steps)
 
     @typecheck
     def generate(

@@ -1,13 +1,14 @@
 """Small language models whose logits are far apart, and ragged batches, for the tests of this room."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.palm import PaLM, native
+from palm_rlhf_pytorch.processor import is_allowed
 from palm_rlhf_pytorch.tensors import pad_ragged
 
 
@@ -56,3 +57,25 @@ def ragged() -> Callable[..., tuple[Tensor, Tensor]]:
         return torch.nn.functional.pad(ids, wider, value=5), torch.nn.functional.pad(mask, wider)
 
     return make
+
+
+@pytest.fixture(params=[name for name, _, _ in native.BUILDS])
+def native_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """One build of the native code after the other, in place of the best that the processor runs."""
+    (needed,) = [(flags, level) for name, flags, level in native.BUILDS if name == request.param]
+    library = native.load(request.param) if is_allowed(*needed[0], level=needed[1]) else None
+    if library is None:
+        pytest.skip(f"needs {request.param}: such a processor, and a C compiler when the package is installed")
+    monkeypatch.setattr(native, "_library", lambda: library)
+    native.native.cache_clear()
+    yield request.param
+    native.native.cache_clear()
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where nothing was compiled."""
+    monkeypatch.setattr(native, "_library", lambda: None)
+    native.native.cache_clear()
+    yield
+    native.native.cache_clear()

@@ -1,0 +1,317 @@
+/* One step of decoding on a CPU: a token of each row through all layers of PaLM, over keys and values kept so far.
+
+   The same function as Decoder.__call__ in decoding.py, in one call. With few rows a step is as fast as weights come from
+   memory, so each weight is read once, in its own layout, in ascending order; and between the products nothing is called,
+   since code that a step needs once a layer has left the caches by then, pushed out by weights.
+   A sum's order depends on its length alone: a row's bits are the same whoever else is in the batch.
+
+   Compiled once for each instruction set that setup.py names. Threads are those of the OpenMP runtime that torch brings:
+   it is not linked here, but found when torch has loaded it. Knows nothing of Python; native.py checks what comes in.
+   Letters: b rows, d features of a head, k outputs of a product, n its inputs. */
+
+#include "vectors.h"
+
+#define TILE 4    /* rows that a weight is multiplied with while it is in a register */
+#define BLOCK 32  /* keys that lie side by side, feature by feature, so that products with them need no sum of lanes */
+#define CHUNK 128 /* keys between two looks at the largest product of a query */
+#define GROUP 4   /* query heads that read keys and values together */
+#define DIM_HEAD 256
+
+struct layer {
+    const float *norm;           /* gain before the layer, (dim) */
+    const void *in, *out;        /* (h d + 2 d + 2 wide, dim), (dim, h d + wide) */
+    const float *gains;          /* of normalised queries and keys, (h + 1, d), or NULL */
+    const void *down_in, *up_in; /* low rank: (rank_in, dim), (h d + 2 d, rank_in), or NULL */
+    const void *down_out, *up_out; /* (rank_out, h d), (dim, rank_out) */
+    void *keys, *values;         /* (b, room / BLOCK, d, BLOCK), (b, room, d) */
+};
+
+struct step {
+    int64_t depth, rows, dim, heads, dim_head, wide, vocabulary, rank_in, rank_out, room, place, last_position, threads;
+    float scale, eps, gain_eps;
+    const float *turns;              /* cosines, then sines: (2, last_position + 1, 3 kinds, d / 2) */
+    const float *norm;               /* gain before the vocabulary */
+    const void *embedding;           /* (vocabulary, dim) */
+    const int64_t *tokens;           /* (b) */
+    int64_t *positions;              /* (b), raised here */
+    void *hidden_places;             /* (b, room) of the weights' kind, minus infinity where a row sees nothing, or NULL */
+    void *x, *normed, *projected, *low, *both, *logits; /* room for b rows of each */
+};
+
+/* acc + w . x of 2 LANES bfloat16 each, or LANES floats */
+INLINE vec multiply_add(vec acc, const void *w, const void *x, int64_t i, int half) {
+    if (!half) return acc + load(w, i, 0) * load(x, i, 0);
+#ifdef __AVX512BF16__
+    __m512i a = _mm512_loadu_si512((const char *)w + 2 * i), b = _mm512_loadu_si512((const char *)x + 2 * i);
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    bits a = *(const loose_bits *)((const char *)w + 2 * i), b = *(const loose_bits *)((const char *)x + 2 * i);
+    acc += (vec)(a << 16) * (vec)(b << 16);
+    return acc + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
+#endif
+}
+
+/* products: out (b, k) = x (b, n) @ w (k, n).T, and onto it; strides are of rows */
+
+struct product {
+    const void *x, *w, *onto;
+    void *out;
+    int64_t rows, k, n, x_stride, onto_stride, out_stride;
+};
+
+/* outputs i, i + 1 .. of some rows, at most TILE of each */
+INLINE void tile(const struct product *p, int64_t row, int64_t i, int rows, int outputs, int half) {
+    vec acc[TILE][TILE] = {{{0}}};
+    const void *w = at(p->w, i * p->n, half), *x = at(p->x, row * p->x_stride, half);
+    for (int64_t j = 0; j < p->n; j += half ? 2 * LANES : LANES)
+#pragma GCC unroll 4
+        for (int a = 0; a < outputs; a++) {
+            if (outputs > 1 && !row) __builtin_prefetch((const char *)at(w, outputs * p->n + j * outputs, half) + a * 4 * LANES);
+#pragma GCC unroll 4
+            for (int c = 0; c < rows; c++)
+                acc[a][c] = multiply_add(acc[a][c], at(w, a * p->n, half), at(x, c * p->x_stride, half), j, half);
+        }
+#pragma GCC unroll 4
+    for (int a = 0; a < outputs; a++) {
+        __m128 totals = sums(acc[a][0], acc[a][1], acc[a][2], acc[a][3]);
+#pragma GCC unroll 4
+        for (int c = 0; c < rows; c++) {
+            float total = totals[c];
+            if (p->onto) total += get(p->onto, (row + c) * p->onto_stride + i + a, half);
+            put(p->out, (row + c) * p->out_stride + i + a, total, half);
+        }
+    }
+}
+
+INLINE void tiles(const struct product *p, int64_t i, int outputs, int half) {
+    int64_t row = 0;
+    for (; row + TILE <= p->rows; row += TILE) tile(p, row, i, TILE, outputs, half);
+    if (p->rows - row == 1) tile(p, row, i, 1, outputs, half);
+    if (p->rows - row == 2) tile(p, row, i, 2, outputs, half);
+    if (p->rows - row == 3) tile(p, row, i, 3, outputs, half);
+}
+
+/* a thread's share: so many outputs in a row. One weight after the other is how memory is read fastest; where there are
+   more rows than that takes, two at a time, which spares half the reads of x */
+INLINE void multiply_share(struct product p, int thread, int threads, int half) {
+    int64_t i = p.k * thread / threads, end = p.k * (thread + 1) / threads;
+    if (p.rows > 2)
+        for (; i + TILE <= end; i += TILE) tiles(&p, i, TILE, half);
+    for (; i < end; i++) tiles(&p, i, 1, half);
+}
+
+static __attribute__((noinline)) void multiply_single(struct product p, int thread, int threads) { multiply_share(p, thread, threads, 0); }
+static __attribute__((noinline)) void multiply_half(struct product p, int thread, int threads) { multiply_share(p, thread, threads, 1); }
+
+INLINE void multiply(struct product p, int thread, int threads, int half) {
+    if (half) multiply_half(p, thread, threads);
+    else multiply_single(p, thread, threads);
+}
+
+/* layer norm of rows, a thread's share of them */
+INLINE void normalise(const struct step *s, const float *gain, int thread, int threads, int half) {
+    int64_t n = s->dim;
+    for (int64_t row = thread; row < s->rows; row += threads) {
+        const void *x = at(s->x, row * n, half);
+        void *out = (void *)at(s->normed, row * n, half);
+        vec total = {0}, squares = {0};
+        for (int64_t i = 0; i < n; i += LANES) total += load(x, i, half);
+        float mean = sum(total) / n;
+        for (int64_t i = 0; i < n; i += LANES) {
+            vec centred = load(x, i, half) - mean;
+            squares += centred * centred;
+        }
+        float inverse = 1 / sqrtf(sum(squares) / n + s->eps);
+        for (int64_t i = 0; i < n; i += LANES)
+            store(out, i, (load(x, i, half) - mean) * inverse * *(const loose *)(gain + i), half);
+    }
+}
+
+/* a head's features (d) of a projection, normalised where asked, turned to the row's position; as the weights round */
+INLINE void turn(
+    const struct step *s, const void *from, const float *gain, int64_t position, int kind, float *out, int half
+) {
+    int64_t d = s->dim_head, pairs = d / 2;
+    const float *cosines = s->turns + (position * 3 + kind) * pairs, *sines = cosines + (s->last_position + 1) * 3 * pairs;
+    float squares = 0;
+    for (int64_t i = 0; i < d; i++) out[i] = get(from, i, half), squares += out[i] * out[i];
+    if (gain) {
+        float inverse = 1 / sqrtf(squares / d + s->gain_eps);
+        for (int64_t i = 0; i < d; i++) out[i] *= inverse * gain[i];
+    }
+    for (int64_t i = 0; i < pairs; i++) {
+        float first = out[i], second = out[i + pairs];
+        out[i] = rounded(first * cosines[i] - second * sines[i], half);
+        out[i + pairs] = rounded(second * cosines[i] + first * sines[i], half);
+    }
+}
+
+struct state { /* of a group's heads: sums so far, and the largest product among them */
+    float out[GROUP][DIM_HEAD], total[GROUP], most[GROUP];
+};
+
+/* attention of some heads of a row over `count` keys from `start` */
+INLINE void attend_chunk(
+    const struct step *s, const void *keys, const void *values, const void *bias, const float (*query)[DIM_HEAD],
+    int64_t start, int count, struct state *state, int heads, int half
+) {
+    int64_t d = s->dim_head;
+    float weights[GROUP][CHUNK];
+    for (int j = 0; j < count; j += 2 * LANES) {
+        const void *block = at(keys, (start + j) / BLOCK * BLOCK * d + (start + j) % BLOCK, half);
+        vec product[GROUP][2] = {{{0}}};
+        for (int64_t e = 0; e < d; e++) {
+            vec first = load(block, e * BLOCK, half), second = load(block, e * BLOCK + LANES, half);
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) product[h][0] += query[h][e] * first, product[h][1] += query[h][e] * second;
+        }
+        for (int h = 0; h < heads; h++) {
+            if (bias)
+                for (int i = 0; i < 2; i++) product[h][i] += load(bias, start + j + i * LANES, half);
+            memcpy(&weights[h][j], product[h], sizeof product[h]);
+        }
+    }
+    for (int h = 0; h < heads; h++) {
+        for (int j = count; j % (2 * LANES); j++) weights[h][j] = -INFINITY;
+        vec largest = all(-INFINITY);
+        for (int j = 0; j < count; j += LANES) {
+            vec product = *(loose *)&weights[h][j];
+            largest = where(product > largest, product, largest);
+        }
+        float most = state->most[h];
+        for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
+        if (most == -INFINITY) most = 0; /* nothing seen yet */
+        float shrink = expf(state->most[h] - most);
+        vec total = {0};
+        for (int j = 0; j < count; j += LANES) {
+            vec weight = exponential(*(loose *)&weights[h][j] - most);
+            total += weight;
+            *(loose *)&weights[h][j] = weight;
+        }
+        state->total[h] = state->total[h] * shrink + sum(total);
+        state->most[h] = most;
+        for (int64_t e = 0; e < d; e++) state->out[h][e] *= shrink;
+    }
+    for (int64_t e = 0; e < d; e += 2 * LANES) {
+        vec out[GROUP][2] = {{{0}}};
+        for (int j = 0; j < count; j++) {
+            vec first = load(values, (start + j) * d + e, half), second = load(values, (start + j) * d + e + LANES, half);
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) out[h][0] += weights[h][j] * first, out[h][1] += weights[h][j] * second;
+        }
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < 2; i++) {
+                loose *kept = (loose *)&state->out[h][e + i * LANES];
+                *kept += out[h][i];
+            }
+    }
+}
+
+/* attention of some heads of a row: over what is kept, and its own key and value, which the first heads' thread keeps */
+INLINE void attend(const struct step *s, const struct layer *l, int64_t row, int64_t first, int heads, int half) {
+    int64_t d = s->dim_head, inner = s->heads * d, width = inner + 2 * d + 2 * s->wide, position = s->positions[row];
+    const void *projected = at(s->projected, row * width, half), *value = at(projected, inner + d, half);
+    void *keys = (void *)at(l->keys, row * d * s->room, half), *values = (void *)at(l->values, row * d * s->room, half);
+    float query[GROUP][DIM_HEAD], key[DIM_HEAD];
+    struct state state;
+    turn(s, at(projected, inner, half), l->gains ? l->gains + inner : 0, position, 1, key, half);
+    for (int h = 0; h < heads; h++) {
+        const float *gain = l->gains ? l->gains + (first + h) * d : 0;
+        turn(s, at(projected, (first + h) * d, half), gain, position, 0, query[h], half);
+        for (int64_t e = 0; e < d; e++) query[h][e] *= s->scale;
+        float product = 0;
+        for (int64_t e = 0; e < d; e++) product += query[h][e] * key[e];
+        state.most[h] = product, state.total[h] = 1;
+        for (int64_t e = 0; e < d; e++) state.out[h][e] = get(value, e, half);
+    }
+    const void *bias = s->hidden_places ? at(s->hidden_places, row * s->room, half) : 0;
+    for (int64_t start = 0; start < s->place; start += CHUNK) {
+        int count = s->place - start < CHUNK ? s->place - start : CHUNK;
+        if (heads == GROUP) attend_chunk(s, keys, values, bias, query, start, count, &state, GROUP, half);
+        else attend_chunk(s, keys, values, bias, query, start, count, &state, heads, half);
+    }
+    void *both = (void *)at(s->both, row * (inner + s->wide), half);
+    for (int h = 0; h < heads; h++)
+        for (int64_t e = 0; e < d; e++) put(both, (first + h) * d + e, state.out[h][e] / state.total[h], half);
+    if (first) return;
+    for (int64_t e = 0; e < d; e++) {
+        put(keys, (s->place / BLOCK * d + e) * BLOCK + s->place % BLOCK, key[e], half);
+        put(values, s->place * d + e, get(value, e, half), half);
+    }
+}
+
+/* silu(gate) * feedforward of a row beside attention's output, a thread's share */
+INLINE void gate(const struct step *s, int64_t row, int thread, int threads, int half) {
+    int64_t inner = s->heads * s->dim_head, begin = inner + 2 * s->dim_head, vectors = s->wide / LANES;
+    const void *forward = at(s->projected, row * (begin + 2 * s->wide) + begin, half), *gate = at(forward, s->wide, half);
+    void *both = (void *)at(s->both, row * (inner + s->wide) + inner, half);
+    for (int64_t i = LANES * (vectors * thread / threads); i < LANES * (vectors * (thread + 1) / threads); i += LANES) {
+        vec x = load(gate, i, half), ff = load(forward, i, half), silu = x / (1.0f + exponential(-x));
+        if (half) silu = (vec)(((bits)silu + 0x7fff + (((bits)silu >> 16) & 1)) & 0xffff0000u); /* as torch rounds it */
+        store(both, i, silu * ff, half);
+    }
+}
+
+INLINE void layer(const struct step *s, const struct layer *l, int thread, int threads, int half) {
+    int64_t b = s->rows, inner = s->heads * s->dim_head, attention = inner + 2 * s->dim_head;
+    int64_t width = attention + 2 * s->wide;
+    normalise(s, l->norm, thread, threads, half);
+#pragma omp barrier
+    multiply((struct product){s->normed, l->in, 0, s->projected, b, width, s->dim, s->dim, 0, width}, thread, threads, half);
+    if (l->down_in) {
+        struct product down = {s->normed, l->down_in, 0, s->low, b, s->rank_in, s->dim, s->dim, 0, s->rank_in};
+        multiply(down, thread, threads, half);
+#pragma omp barrier
+        struct product up = {s->low, l->up_in, s->projected, s->projected, b, attention, s->rank_in, s->rank_in, width, width};
+        multiply(up, thread, threads, half);
+    }
+#pragma omp barrier
+    int64_t group = (b * s->heads + threads - 1) / threads;
+    group = group < GROUP ? group : GROUP;
+    int64_t groups = (s->heads + group - 1) / group;
+    for (int64_t unit = thread; unit < b * groups; unit += threads) {
+        int64_t first = unit % groups * group, left = s->heads - first;
+        attend(s, l, unit / groups, first, left < group ? left : group, half);
+    }
+    for (int64_t row = 0; row < b; row++) gate(s, row, thread, threads, half);
+#pragma omp barrier
+    int64_t n = inner + s->wide;
+    multiply((struct product){s->both, l->out, s->x, s->x, b, s->dim, n, n, s->dim, s->dim}, thread, threads, half);
+    if (l->down_out) {
+        multiply((struct product){s->both, l->down_out, 0, s->low, b, s->rank_out, inner, n, 0, s->rank_out}, thread, threads, half);
+#pragma omp barrier
+        struct product up = {s->low, l->up_out, s->x, s->x, b, s->dim, s->rank_out, s->rank_out, s->dim, s->dim};
+        multiply(up, thread, threads, half);
+    }
+#pragma omp barrier
+}
+
+INLINE void take(const struct step *s, const struct layer *layers, int thread, int threads, int half) {
+    int64_t size = s->dim * (half ? 2 : 4);
+    for (int64_t row = thread; row < s->rows; row += threads) {
+        memcpy((char *)s->x + row * size, (const char *)s->embedding + s->tokens[row] * size, size);
+        if (s->hidden_places) put(s->hidden_places, row * s->room + s->place, 0, half);
+    }
+#pragma omp barrier
+    for (int64_t i = 0; i < s->depth; i++) layer(s, layers + i, thread, threads, half);
+    normalise(s, s->norm, thread, threads, half);
+    for (int64_t row = thread; row < s->rows; row += threads) /* a row that has ended goes on, and is not looked at */
+        s->positions[row] += s->positions[row] < s->last_position;
+#pragma omp barrier
+    struct product out = {
+        s->normed, s->embedding, 0, s->logits, s->rows, s->vocabulary, s->dim, s->dim, 0, s->vocabulary
+    };
+    multiply(out, thread, threads, half);
+}
+
+void take_float32(const struct step *s, const struct layer *layers) {
+#pragma omp parallel num_threads(s->threads)
+    take(s, layers, omp_get_thread_num(), omp_get_num_threads(), 0);
+}
+
+void take_bfloat16(const struct step *s, const struct layer *layers) {
+#pragma omp parallel num_threads(s->threads)
+    take(s, layers, omp_get_thread_num(), omp_get_num_threads(), 1);
+}
+
+const int64_t step_sizes[] = {sizeof(struct step), sizeof(struct layer)}; /* for native.py to compare with its own */
