@@ -1,5 +1,6 @@
 """Metadata of the package; tool settings and the build backend are in pyproject.toml."""
 
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -12,6 +13,9 @@ FEEDBACK = ["django>=5.2,<7", "django-htmx>=1.28,<2", "whitenoise>=6.9", "waitre
 # -fopenmp is for the compiler alone: the runtime is the one that torch has loaded.
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+# What is compiled carries a mark of what it is compiled from: left over from other sources it is not used.
+PALM = Path(__file__).parent / "palm_rlhf_pytorch" / "palm"
+SOURCES = zlib.crc32(b"".join((PALM / file).read_bytes() for file in ("vectors.h", "step.c", "draw.c", "native.py")))
 BUILDS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 setup(
@@ -28,14 +32,16 @@ setup(
     packages=find_packages(include=["palm_rlhf_pytorch*"]),
     package_data={
         "palm_rlhf_pytorch": ["py.typed"],
+        "palm_rlhf_pytorch.palm": ["*.c", "*.h"],
         "palm_rlhf_pytorch.feedback": ["templates/**/*", "static/**/*"],
     },
     ext_modules=[
         Extension(
             f"palm_rlhf_pytorch.palm._native_{name}",
             [f"palm_rlhf_pytorch/palm/{file}.c" for file in ("step", "draw")],
-            depends=["palm_rlhf_pytorch/palm/vectors.h"],
+            depends=["palm_rlhf_pytorch/palm/vectors.h", "palm_rlhf_pytorch/palm/native.py"],
             libraries=["m"],
+            define_macros=[("SOURCES", f"{SOURCES}u")],
             extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", *flags],
             optional=True,  # no compiler, another processor: decoding goes through torch
         )

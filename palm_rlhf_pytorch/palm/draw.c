@@ -14,7 +14,7 @@ struct draw {
     const double *uniforms; /* (b) */
     int64_t *tokens;        /* (b) */
     float *logprobs;        /* (b) */
-    float *sums;            /* room for (b, v / BLOCK + 1), and more */
+    float *sums;            /* room for (b, v / BLOCK + 1) */
 };
 
 /* e^((x - most) / temperature) of up to LANES logits from i on, 0 beyond the last */
@@ -73,14 +73,14 @@ INLINE void draw_row(const struct draw *s, int64_t row, int half) {
     s->logprobs[row] = (float)((get(logits, token, half) - most) * inverse - log(total));
 }
 
-void draw_float32(const struct draw *s) {
-#pragma omp parallel for num_threads(s->threads)
+int64_t draw_float32(const struct draw *s) {
+#pragma omp parallel for num_threads(s->threads < s->rows ? s->threads : s->rows)
     for (int64_t row = 0; row < s->rows; row++) draw_row(s, row, 0);
+    return -1;
 }
 
-void draw_bfloat16(const struct draw *s) {
-#pragma omp parallel for num_threads(s->threads)
+int64_t draw_bfloat16(const struct draw *s) {
+#pragma omp parallel for num_threads(s->threads < s->rows ? s->threads : s->rows)
     for (int64_t row = 0; row < s->rows; row++) draw_row(s, row, 1);
+    return -1;
 }
-
-const int64_t draw_sizes[] = {sizeof(struct draw)}; /* for native.py to compare with its own */

@@ -1,19 +1,22 @@
 """The functions of step.c and draw.c: which build of them this processor runs, if any, and their calls.
 
-`pip install` compiles them where there is a C compiler. Where there was none, where the processor is not one that they
+Installing the package compiles them where there is GCC. Where there was none, where the processor is not one that they
 are compiled for, or where torch has loaded no OpenMP runtime that they can share, decoding goes through torch alone.
 Which it is depends on the installation and the processor, and on what oneDNN was told to stay below
 (ONEDNN_MAX_CPU_ISA=SSE41 turns them off). Knows nothing of models: addresses and numbers only.
 """
 
 import ctypes
+import zlib
 from collections.abc import Callable
-from ctypes import Structure, c_double, c_float, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int64, c_uint32, c_void_p
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from palm_rlhf_pytorch.processor import is_allowed
 
@@ -27,16 +30,21 @@ BUILDS = (
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 WIDTH = 32  # inputs of products, and widths of the feedforward, come in multiples of it; so do places of the cache
 LARGEST_HEAD = 256  # features of a head, a multiple of WIDTH too
+SOURCES = ("vectors.h", "step.c", "draw.c", "native.py")  # setup.py marks what it compiles with their CRC-32
+DRAW_BLOCK = 256  # tokens whose weights draw.c sums before they count
 
 
 class Layer(Structure):
     """`struct layer` of step.c: addresses of one layer's tensors."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            "norm", "into", "out", "gains", "down_in", "up_in", "down_out", "up_out", "keys", "values",
-        )
+        ("eps", c_float),
+        *(
+            (name, c_void_p)
+            for name in (
+                "norm", "into", "out", "gains", "down_in", "up_in", "down_out", "up_out", "keys", "values",
+            )
+        ),
     ]  # fmt: skip
 
 
@@ -73,13 +81,13 @@ class Draw(Structure):
 
 
 @cache
-def native(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+def native(name: str, dtype: torch.dtype) -> Callable[..., int] | None:
     """A function of the C files for tensors of a dtype, "take" or "draw", or None where there is none here."""
     library = _library() if dtype in KINDS else None
     if library is None:
         return None
     function = getattr(library, f"{name}_{KINDS[dtype]}")
-    function.restype = None
+    function.restype = c_int64
     return lambda *structures: function(*map(ctypes.byref, structures))
 
 
@@ -91,16 +99,18 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: float) -> tuple
         uniform: where to invert each row's cumulative distribution, float64 from [0, 1), (b,).
         temperature: above 0.
     """
-    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+    if not is_plain(logits) or not is_plain(uniform) or logits.requires_grad:
         return None
-    if type(logits) is not Tensor or logits.requires_grad:
+    if logits.dim() != 2 or 0 in logits.shape or uniform.shape != logits.shape[:1] or uniform.dtype != torch.float64:
         return None
     draw = native("draw", logits.dtype)
-    if draw is None or logits.dim() != 2 or uniform.dtype != torch.float64 or 0 in logits.shape:
+    if draw is None:
         return None
     (rows, vocabulary), logits, uniform = logits.shape, logits.contiguous(), uniform.contiguous()
-    tokens, logprobs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
-    sums = torch.empty(rows, vocabulary // WIDTH + 1)
+    tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
+    # of the dtypes that the C code writes, whatever torch's default is
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    sums = torch.empty(rows, vocabulary // DRAW_BLOCK + 1, dtype=torch.float32, device=logits.device)
     draw(
         Draw(
             rows, vocabulary, torch.get_num_threads(), temperature, logits.data_ptr(), uniform.data_ptr(),
@@ -110,23 +120,39 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: float) -> tuple
     return tokens, logprobs
 
 
-@cache
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what its address says: of torch's own class, dense, in main memory, and no transform's."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_neg():
+        return False
+    if forward_ad._current_level >= 0:  # tangents would be left out
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # vmap's and grad's say they are Tensors
+
+
 def _library() -> ctypes.CDLL | None:
-    for name, flags, level in BUILDS:
-        found = load(name) if is_allowed(*flags, level=level) else None
-        if found is not None:
-            return found
-    return None
+    name = best_build()
+    return None if name is None else load(name)
 
 
+@cache
+def best_build() -> str | None:
+    """The build that decoding on this machine uses, or None."""
+    usable = (name for name, flags, level in BUILDS if is_allowed(*flags, level=level) and load(name) is not None)
+    return next(usable, None)
+
+
+@cache
 def load(name: str) -> ctypes.CDLL | None:
-    """One build, or None where it was not compiled, or for another system, Python source or OpenMP runtime."""
-    for path in Path(__file__).parent.glob(f"_native_{name}.*"):
-        try:  # torch's OpenMP runtime is not linked, but found among what torch loaded: there is never a second one
+    """One build; None where it was not compiled, or from other sources, or for a system with another OpenMP runtime."""
+    room = Path(__file__).parent
+    for path in (room / f"_native_{name}{suffix}" for suffix in EXTENSION_SUFFIXES):
+        try:  # torch's OpenMP runtime is not linked, but found among what torch loaded
             library = ctypes.CDLL(str(path))
-            sizes = [*(c_int64 * 2).in_dll(library, "step_sizes"), *(c_int64 * 1).in_dll(library, "draw_sizes")]
+            made_from = c_uint32.in_dll(library, "sources").value
         except (OSError, ValueError):
             continue
-        if sizes == [ctypes.sizeof(structure) for structure in (Step, Layer, Draw)]:
+        if made_from == zlib.crc32(b"".join((room / file).read_bytes() for file in SOURCES)):
             return library
     return None

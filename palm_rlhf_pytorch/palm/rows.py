@@ -21,7 +21,8 @@ class Rows(ABC):
 
     hidden_places: (b, 1, room), minus infinity where a row has nothing to see, or None where all see all.
     positions: of the rows' next tokens, (b,).
-    place: where these go in the cache, (1,); `filled` is the same where the host can read it without waiting.
+    filled: the place where these go in the cache, which the caller raises after each step.
+    place: the same where the device reads it, (1,), for steps that a CUDA graph replays.
     factors: cosines and sines that turn a query, a key and a value at each position, (2, room, 3, 1, d / 2).
     """
 

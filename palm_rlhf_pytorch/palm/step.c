@@ -18,7 +18,8 @@
 #define DIM_HEAD 256
 
 struct layer {
-    const float *norm;           /* gain before the layer, (dim) */
+    float eps;                   /* of the norm before the layer */
+    const float *norm;           /* its gain, (dim) */
     const void *in, *out;        /* (h d + 2 d + 2 wide, dim), (dim, h d + wide) */
     const float *gains;          /* of normalised queries and keys, (h + 1, d), or NULL */
     const void *down_in, *up_in; /* low rank: (rank_in, dim), (h d + 2 d, rank_in), or NULL */
@@ -28,9 +29,9 @@ struct layer {
 
 struct step {
     int64_t depth, rows, dim, heads, dim_head, wide, vocabulary, rank_in, rank_out, room, place, last_position, threads;
-    float scale, eps, gain_eps;
+    float scale, eps, gain_eps;      /* of products with keys; of the last norm; of normalised queries and keys */
     const float *turns;              /* cosines, then sines: (2, last_position + 1, 3 kinds, d / 2) */
-    const float *norm;               /* gain before the vocabulary */
+    const float *norm;               /* the last norm's gain */
     const void *embedding;           /* (vocabulary, dim) */
     const int64_t *tokens;           /* (b) */
     int64_t *positions;              /* (b), raised here */
@@ -66,7 +67,8 @@ INLINE void tile(const struct product *p, int64_t row, int64_t i, int rows, int 
     for (int64_t j = 0; j < p->n; j += half ? 2 * LANES : LANES)
 #pragma GCC unroll 4
         for (int a = 0; a < outputs; a++) {
-            if (outputs > 1 && !row) __builtin_prefetch((const char *)at(w, outputs * p->n + j * outputs, half) + a * 4 * LANES);
+            if (outputs > 1 && !row)
+                __builtin_prefetch((const char *)at(w, outputs * (p->n + j), half) + a * (int)sizeof(vec));
 #pragma GCC unroll 4
             for (int c = 0; c < rows; c++)
                 acc[a][c] = multiply_add(acc[a][c], at(w, a * p->n, half), at(x, c * p->x_stride, half), j, half);
@@ -91,8 +93,8 @@ INLINE void tiles(const struct product *p, int64_t i, int outputs, int half) {
     if (p->rows - row == 3) tile(p, row, i, 3, outputs, half);
 }
 
-/* a thread's share: so many outputs in a row. One weight after the other is how memory is read fastest; where there are
-   more rows than that takes, two at a time, which spares half the reads of x */
+/* a thread's share: so many outputs in a row. With one or two rows nothing but memory counts, which is read fastest one
+   weight after the other; with more, some at a time spare reads of x, and what comes next is asked for in its order */
 INLINE void multiply_share(struct product p, int thread, int threads, int half) {
     int64_t i = p.k * thread / threads, end = p.k * (thread + 1) / threads;
     if (p.rows > 2)
@@ -100,8 +102,13 @@ INLINE void multiply_share(struct product p, int thread, int threads, int half) 
     for (; i < end; i++) tiles(&p, i, 1, half);
 }
 
-static __attribute__((noinline)) void multiply_single(struct product p, int thread, int threads) { multiply_share(p, thread, threads, 0); }
-static __attribute__((noinline)) void multiply_half(struct product p, int thread, int threads) { multiply_share(p, thread, threads, 1); }
+static __attribute__((noinline)) void multiply_single(struct product p, int thread, int threads) {
+    multiply_share(p, thread, threads, 0);
+}
+
+static __attribute__((noinline)) void multiply_half(struct product p, int thread, int threads) {
+    multiply_share(p, thread, threads, 1);
+}
 
 INLINE void multiply(struct product p, int thread, int threads, int half) {
     if (half) multiply_half(p, thread, threads);
@@ -109,7 +116,7 @@ INLINE void multiply(struct product p, int thread, int threads, int half) {
 }
 
 /* layer norm of rows, a thread's share of them */
-INLINE void normalise(const struct step *s, const float *gain, int thread, int threads, int half) {
+INLINE void normalise(const struct step *s, const float *gain, float eps, int thread, int threads, int half) {
     int64_t n = s->dim;
     for (int64_t row = thread; row < s->rows; row += threads) {
         const void *x = at(s->x, row * n, half);
@@ -121,7 +128,7 @@ INLINE void normalise(const struct step *s, const float *gain, int thread, int t
             vec centred = load(x, i, half) - mean;
             squares += centred * centred;
         }
-        float inverse = 1 / sqrtf(sum(squares) / n + s->eps);
+        float inverse = 1 / sqrtf(sum(squares) / n + eps);
         for (int64_t i = 0; i < n; i += LANES)
             store(out, i, (load(x, i, half) - mean) * inverse * *(const loose *)(gain + i), half);
     }
@@ -180,7 +187,6 @@ INLINE void attend_chunk(
         }
         float most = state->most[h];
         for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
-        if (most == -INFINITY) most = 0; /* nothing seen yet */
         float shrink = expf(state->most[h] - most);
         vec total = {0};
         for (int j = 0; j < count; j += LANES) {
@@ -207,7 +213,8 @@ INLINE void attend_chunk(
     }
 }
 
-/* attention of some heads of a row: over what is kept, and its own key and value, which the first heads' thread keeps */
+/* attention of some heads of a row: over what is kept, and its own key and value, which the first heads' thread keeps;
+   the others may read that place meanwhile, as they read whole vectors, and leave out what comes of it */
 INLINE void attend(const struct step *s, const struct layer *l, int64_t row, int64_t first, int heads, int half) {
     int64_t d = s->dim_head, inner = s->heads * d, width = inner + 2 * d + 2 * s->wide, position = s->positions[row];
     const void *projected = at(s->projected, row * width, half), *value = at(projected, inner + d, half);
@@ -255,7 +262,7 @@ INLINE void gate(const struct step *s, int64_t row, int thread, int threads, int
 INLINE void layer(const struct step *s, const struct layer *l, int thread, int threads, int half) {
     int64_t b = s->rows, inner = s->heads * s->dim_head, attention = inner + 2 * s->dim_head;
     int64_t width = attention + 2 * s->wide;
-    normalise(s, l->norm, thread, threads, half);
+    normalise(s, l->norm, l->eps, thread, threads, half);
 #pragma omp barrier
     multiply((struct product){s->normed, l->in, 0, s->projected, b, width, s->dim, s->dim, 0, width}, thread, threads, half);
     if (l->down_in) {
@@ -267,7 +274,7 @@ INLINE void layer(const struct step *s, const struct layer *l, int thread, int t
     }
 #pragma omp barrier
     int64_t group = (b * s->heads + threads - 1) / threads;
-    group = group < GROUP ? group : GROUP;
+    group = group > GROUP ? GROUP : group < 1 ? 1 : group;
     int64_t groups = (s->heads + group - 1) / group;
     for (int64_t unit = thread; unit < b * groups; unit += threads) {
         int64_t first = unit % groups * group, left = s->heads - first;
@@ -294,7 +301,7 @@ INLINE void take(const struct step *s, const struct layer *layers, int thread, i
     }
 #pragma omp barrier
     for (int64_t i = 0; i < s->depth; i++) layer(s, layers + i, thread, threads, half);
-    normalise(s, s->norm, thread, threads, half);
+    normalise(s, s->norm, s->eps, thread, threads, half);
     for (int64_t row = thread; row < s->rows; row += threads) /* a row that has ended goes on, and is not looked at */
         s->positions[row] += s->positions[row] < s->last_position;
 #pragma omp barrier
@@ -304,14 +311,29 @@ INLINE void take(const struct step *s, const struct layer *layers, int thread, i
     multiply(out, thread, threads, half);
 }
 
-void take_float32(const struct step *s, const struct layer *layers) {
+/* the first row whose token there is not, or -1 */
+static int64_t unknown(const struct step *s) {
+    for (int64_t row = 0; row < s->rows; row++)
+        if (s->tokens[row] < 0 || s->tokens[row] >= s->vocabulary) return row;
+    return -1;
+}
+
+/* both return -1, or the number of a row whose token is unknown, where nothing was done */
+
+int64_t take_float32(const struct step *s, const struct layer *layers) {
+    int64_t wrong = unknown(s);
+    if (wrong >= 0) return wrong;
 #pragma omp parallel num_threads(s->threads)
     take(s, layers, omp_get_thread_num(), omp_get_num_threads(), 0);
+    return -1;
 }
 
-void take_bfloat16(const struct step *s, const struct layer *layers) {
+int64_t take_bfloat16(const struct step *s, const struct layer *layers) {
+    int64_t wrong = unknown(s);
+    if (wrong >= 0) return wrong;
 #pragma omp parallel num_threads(s->threads)
     take(s, layers, omp_get_thread_num(), omp_get_num_threads(), 1);
+    return -1;
 }
 
-const int64_t step_sizes[] = {sizeof(struct step), sizeof(struct layer)}; /* for native.py to compare with its own */
+const uint32_t sources = SOURCES; /* what this was compiled from, for native.py to compare */

@@ -1,6 +1,6 @@
 /* Numbers and vectors of them, whatever the instruction set: what step.c and draw.c are written in.
 
-   A vector is GCC's and clang's, of as many floats as the widest register holds; bfloat16 is widened as it is read. */
+   A vector is GCC's, of as many floats as the widest register holds; bfloat16 is widened as it is read. */
 
 #include <math.h>
 #include <stdint.h>
@@ -83,7 +83,7 @@ INLINE __m128 sums(vec a, vec b, vec c, vec d) {
 
 INLINE float sum(vec x) { return sums(x, x, x, x)[0]; }
 
-/* e^x to 2 units in the last place: 2^n e^r, |r| <= ln 2 / 2, e^r by its series; 0 below the range, infinity above */
+/* e^x to 2 units in the last place from -87 to 88.7: 2^n e^r, |r| <= ln 2 / 2, e^r by its series; 0 below, infinity above */
 INLINE vec exponential(vec x) {
     vec bounded = where(x < -87.0f, all(-87.0f), where(x > 88.7f, all(88.7f), x));
     vec n = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: what is left of the point is rounded off */
@@ -99,6 +99,6 @@ INLINE vec exponential(vec x) {
     e = e * r * r + r + 1.0f;
     e *= (vec)((power - (power >> 1) + 127) << 23); /* 2^128 is no float: in two factors */
     e *= (vec)(((power >> 1) + 127) << 23);
-    e = where(x < -87.0f, (vec){0}, e);
+    e = where(x < -87.0f, (vec){0}, where(x > 88.7f, all(INFINITY), e));
     return where(x == x, e, x);
 }

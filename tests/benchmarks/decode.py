@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from palm_rlhf_pytorch import PaLM
+from palm_rlhf_pytorch.palm.decoding import Decoder
 from tests.benchmarks import decode_cases
 from tests.benchmarks.counts import EIGHT_BILLION, ONE_BILLION, README, Shape
 from tests.benchmarks.harness import Bench, Case, main
@@ -63,7 +64,7 @@ def against_peers(bench: Bench, name: str, *, shape: Shape, dtype: torch.dtype, 
             two_lengths, bench, lambda new: llama_generate(model, prompts, new_tokens=new, static=True)
         )
     if bench.device.type == "cpu":
-        competitors["products alone"] = products_alone(bench, palm, batch)
+        competitors["torch's products"] = products_alone(bench, palm, batch)
     if shape == README and dtype == torch.float32 and batch == 1 and bench.upstream is not None:
         competitors["upstream"] = partial(_upstream_times, bench, shape, prompt)
     samples = bench.interleave(competitors)
@@ -81,9 +82,9 @@ def against_peers(bench: Bench, name: str, *, shape: Shape, dtype: torch.dtype, 
 
 
 def products_alone(bench: Bench, palm: PaLM, batch: int) -> Times:
-    """Seconds a token of the products with the weights and nothing else: no decoder on this torch can be faster."""
+    """Seconds a token of torch's products with the weights and nothing else: what bounds a decoder made of them."""
     with torch.inference_mode():
-        decoder = palm.new_decoder(batch=batch, room=1, adapter=None, steps=100)
+        decoder = Decoder(palm, batch=batch, room=1, adapter=None, steps=100)
         weight = palm.layers[0].out_proj.weight
         narrow, wide = (torch.randn(batch, width).to(decoder.dtype) for width in weight.shape)
 

@@ -1,11 +1,15 @@
 """The native step against whole passes of the model, in each build of it; when it is taken, and when it is not."""
 
-import ctypes
+import shutil
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
 from palm_rlhf_pytorch import processor
+from palm_rlhf_pytorch.lora import Adapter
 from palm_rlhf_pytorch.palm import PaLM, generate_responses, native
 from palm_rlhf_pytorch.palm.decoding import Decoder
 from palm_rlhf_pytorch.palm.native_decoding import NativeDecoder, decodes_natively, new_decoder
@@ -75,20 +79,43 @@ def test_steps_in_bfloat16_are_as_near_float32_as_torchs_own(native_build, make_
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_do_not_hang_on_the_others_nor_on_threads(native_build, make_palm, dtype):
+def test_a_rows_bits_do_not_hang_on_the_others(native_build, make_palm, dtype):
     palm = make_palm(**SIZES).to(dtype)
     ids, new = torch.randint(0, 203, (9, 131)), torch.randint(0, 203, (9, MANY))
-    together, threads = steps(read(palm, ids, None), new), torch.get_num_threads()
+    together = steps(read(palm, ids, None), new)
     cache = palm.new_cache(9, 131)
     palm.embed(ids, mask=None, adapter=None, cache=cache)
-    try:
-        for number, rows in ((1, [4]), (2, [0, 8]), (3, [1, 2, 3, 4, 5])):
-            torch.set_num_threads(number)
-            decoder, chosen = NativeDecoder(palm, batch=len(rows), room=140, adapter=None), torch.tensor(rows)
-            decoder.take(cache, torch.arange(len(rows)), chosen, end=131)
-            assert torch.equal(steps(decoder, new[chosen]), together[chosen])
-    finally:
-        torch.set_num_threads(threads)
+    for rows in ([4], [0, 8], [1, 2, 3, 4, 5]):
+        decoder, chosen = NativeDecoder(palm, batch=len(rows), room=140, adapter=None), torch.tensor(rows)
+        decoder.take(cache, torch.arange(len(rows)), chosen, end=131)
+        assert torch.equal(steps(decoder, new[chosen]), together[chosen])
+
+
+THREADS = """
+import torch
+from palm_rlhf_pytorch import PaLM
+from palm_rlhf_pytorch.palm.native_decoding import NativeDecoder
+
+for dtype in (torch.float32, torch.bfloat16):
+    torch.manual_seed(0)
+    palm = PaLM(num_tokens=203, dim=64, dim_head=32, heads=5, ff_mult=1, depth=2).to(dtype)
+    found = []
+    with torch.no_grad():
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            decoder = NativeDecoder(palm, batch=3, room=150, adapter=None)
+            found.append(torch.stack([decoder(torch.tensor([5, 6, k]), span=1) for k in range(140)]))
+            decoder.filled = 139
+            found[-1] = torch.cat((found[-1], decoder(torch.tensor([5, 6, 7]), span=1)[None]))
+    assert all(torch.equal(each, found[0]) for each in found)
+"""
+
+
+def test_bits_do_not_hang_on_the_number_of_threads():
+    if native.best_build() is None:
+        pytest.skip("needs a build of the native code: GCC when the package is installed, and an x86 processor")
+    # in a process of its own: what forks from one that had several threads would wait for them
+    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=120)
 
 
 @torch.no_grad()
@@ -138,6 +165,20 @@ def test_generation_takes_it_and_draws_what_the_whole_pass_gives(native_build, m
     logits = whole(palm, ids, mask, torch.cat((out.tokens[:, :1], out.tokens), dim=1)[:, 1:])
     drawn = logits.log_softmax(dim=-1)[:, :-1].gather(-1, out.tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(out.logprobs[:, 1:], drawn, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_what_there_is_not_is_refused_before_anything_is_read(native_build, make_palm):
+    decoder = read(make_palm(**SIZES), torch.randint(0, 203, (2, 7)), None)
+    with pytest.raises(ValueError, match=r"tokens \(3,\) must be one for each of 2 rows"):
+        decoder(torch.tensor([3, 4, 5]), span=decoder.span)
+    for bad in (-1, 203, 2**40):
+        with pytest.raises(IndexError, match=rf"tokens\[1\] \({bad}\) must be from 0 to 202"):
+            decoder(torch.tensor([3, bad]), span=decoder.span)
+    assert decoder.positions.tolist() == [7, 7]
+    decoder.filled = decoder.room
+    with pytest.raises(IndexError, match="room for 32 tokens"):
+        decoder(torch.tensor([3, 4]), span=decoder.span)
 
 
 def test_rows_that_end_early_leave_the_others_draws_alone(native_build, make_palm):
@@ -199,13 +240,61 @@ def test_where_nothing_was_compiled_torch_decodes(without, make_palm):
     assert palm(torch.cat((prompt, tokens))[None])[0, 6:-1].argmax(dim=-1).tolist() == tokens.tolist()
 
 
-def test_a_build_of_another_source_is_refused(native_build, monkeypatch):
-    class Longer(native.Step):
-        _fields_ = [("more", ctypes.c_int64)]
+@torch.no_grad()
+def test_layers_may_differ_in_rank_norm_and_gains(native_build, make_palm):
+    palm = make_palm(finetune_scopes=("a",), qk_rmsnorm=True, **SIZES)
+    wider = Adapter(depth=2, dim=64, dim_head=32, heads=5, r=40)
+    for lora in (wider.layers["1"].q, wider.layers["1"].v, wider.layers["1"].o):
+        lora.B.normal_(std=0.1)
+    palm.finetune_modules["a"].layers["1"] = wider.layers["1"]
+    palm.layers[1].norm.eps = 0.5
+    palm.layers[0].norm.weight.data = torch.rand(128)[::2]
+    palm.layers[1].norm.weight.data = torch.rand(1).expand(64)
+    palm.layers[0].k_norm.double()
+    ids, new = torch.randint(0, 203, (3, 11)), torch.randint(0, 203, (3, MANY))
+    assert decodes_natively(palm, palm.finetune_modules["a"])
+    found = steps(read(palm, ids, None, palm.finetune_modules["a"]), new)
+    torch.testing.assert_close(found, whole(palm, ids, None, new, "a").float(), atol=1e-3, rtol=0)
+    palm.layers[1].scale *= 2
+    assert not decodes_natively(palm)
 
+
+@torch.no_grad()
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16])
+def test_torchs_defaults_are_not_its_own(native_build, make_palm, default):
+    palm, prompt = make_palm(finetune_scopes=("a",), **SIZES), torch.randint(0, 203, (2, 7))
+    settings = {"max_new_tokens": MANY, "adapter": palm.finetune_modules["a"]}
+    expected = generate_responses(palm, prompt, generator=torch.Generator().manual_seed(1), **settings)
+    dtype = torch.get_default_dtype()
+    try:
+        if default == "meta":
+            with torch.device("meta"):
+                decoder = read(palm, prompt, None)
+                assert decoder(torch.tensor([3, 4], device="cpu"), span=8).isfinite().all()
+            return
+        torch.set_default_dtype(default)
+        found = generate_responses(palm, prompt, generator=torch.Generator().manual_seed(1), **settings)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.logprobs.float(), expected.logprobs, atol=0.05, rtol=0)
+
+
+def test_a_build_of_other_sources_is_refused(native_build, monkeypatch):
     assert native.load(native_build) is not None
-    monkeypatch.setattr(native, "Step", Longer)
-    assert native.load(native_build) is None
+    monkeypatch.setattr(native, "zlib", types.SimpleNamespace(crc32=lambda _: 5))
+    assert native.load.__wrapped__(native_build) is None
+    monkeypatch.undo()
+    assert native.load.__wrapped__("of_no_processor") is None
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("gcc") is None or not is_allowed("avx2", "fma", level="AVX2"),
+    reason="needs Linux, GCC and a processor with AVX2: run it there after an installation",
+)
+def test_an_installation_compiles_every_build():
+    assert [name for name, _, _ in native.BUILDS if native.load(name) is None] == []
+    assert native.best_build() is not None
 
 
 def test_what_holds_torch_to_an_instruction_set_holds_it_too(monkeypatch):

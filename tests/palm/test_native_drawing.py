@@ -76,6 +76,17 @@ def test_what_it_leaves_to_torch(native_build):
     assert draw_tokens(torch.zeros(3, 5, requires_grad=True), uniform, temperature=1.0) is None
     assert draw_tokens(torch.zeros(3, 5), uniform.float(), temperature=1.0) is None
     assert draw_tokens(torch.zeros(0, 5), uniform[:0], temperature=1.0) is None
+    for shape in ((), (1,), (2,), (3, 1)):
+        assert draw_tokens(torch.zeros(3, 5), torch.zeros(shape, dtype=torch.float64), temperature=1.0) is None
+    assert draw_tokens(torch.zeros(3, 5), uniform.to("meta"), temperature=1.0) is None
+    negated = torch.complex(torch.zeros(3, 5), torch.ones(3, 5)).conj().imag
+    assert draw_tokens(negated, uniform, temperature=1.0) is None
+    with torch.autograd.forward_ad.dual_level():
+        moving = torch.autograd.forward_ad.make_dual(torch.zeros(3, 5), torch.ones(3, 5))
+        assert draw_tokens(moving, uniform, temperature=1.0) is None
+    logits = torch.randn(3, 2, 5)
+    mapped = torch.vmap(lambda x: sample_tokens(x, uniform=uniform[:2]).tokens)(logits)
+    assert mapped.tolist() == [sample_tokens(each, uniform=uniform[:2]).tokens.tolist() for each in logits]
     columns = torch.randn(5, 3).T  # laid out anew, not left
     assert draw_tokens(columns, uniform, temperature=1.0)[0].equal(
         draw_tokens(columns.contiguous(), uniform, temperature=1.0)[0]
@@ -86,3 +97,16 @@ def test_without_it_torch_draws(without):
     uniform = torch.tensor([0.1, 0.9], dtype=torch.float64)
     assert draw_tokens(torch.zeros(2, 2), uniform, temperature=1.0) is None
     assert sample_tokens(torch.zeros(2, 2), uniform=uniform).tokens.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_is_not_its_own(native_build, dtype):
+    logits, uniform = torch.randn(5, 700), torch.rand(5, dtype=torch.float64)
+    expected = draw_tokens(logits, uniform, temperature=1.0)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = draw_tokens(logits, uniform, temperature=1.0)
+    finally:
+        torch.set_default_dtype(default)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
