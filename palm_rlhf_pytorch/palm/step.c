@@ -67,8 +67,8 @@ INLINE void tile(const struct product *p, int64_t row, int64_t i, int rows, int 
     for (int64_t j = 0; j < p->n; j += half ? 2 * LANES : LANES)
 #pragma GCC unroll 4
         for (int a = 0; a < outputs; a++) {
-            if (outputs > 1 && !row)
-                __builtin_prefetch((const char *)at(w, outputs * (p->n + j), half) + a * (int)sizeof(vec));
+            if (outputs > 1 && !row) /* into the second cache: the first is full of x */
+                __builtin_prefetch((const char *)at(w, outputs * (2 * p->n + j), half) + a * (int)sizeof(vec), 0, 2);
 #pragma GCC unroll 4
             for (int c = 0; c < rows; c++)
                 acc[a][c] = multiply_add(acc[a][c], at(w, a * p->n, half), at(x, c * p->x_stride, half), j, half);
