@@ -52,27 +52,41 @@ INLINE vec multiply_add(vec acc, const void *w, const void *x, int64_t i, int ha
 #endif
 }
 
-/* products: out (b, k) = x (b, n) @ w (k, n).T, and onto it; strides are of rows */
+/* products: out (b, k) = x (b, n) @ w (k, n).T, of the first `adapted` outputs + low (b, rank) @ up (adapted, rank).T, and
+   onto that; strides are of rows */
 
 struct product {
     const void *x, *w, *onto;
     void *out;
-    int64_t rows, k, n, x_stride, onto_stride, out_stride;
+    int64_t rows, k, n, x_stride, onto_stride, out_stride, adapted, rank;
+    const void *low, *up;
 };
+
+/* sums of products of some rows of x with some of w */
+INLINE void add(
+    vec (*acc)[TILE], const void *w, int64_t w_stride, const void *x, int64_t x_stride, int64_t n, int rows, int outputs,
+    int ahead, int half
+) {
+    for (int64_t j = 0; j < n; j += half ? 2 * LANES : LANES)
+#pragma GCC unroll 4
+        for (int a = 0; a < outputs; a++) {
+            if (ahead) /* into the second cache: the first is full of x */
+                __builtin_prefetch((const char *)at(w, outputs * (2 * n + j), half) + a * (int)sizeof(vec), 0, 2);
+#pragma GCC unroll 4
+            for (int c = 0; c < rows; c++)
+                acc[a][c] = multiply_add(acc[a][c], at(w, a * w_stride, half), at(x, c * x_stride, half), j, half);
+        }
+}
 
 /* outputs i, i + 1 .. of some rows, at most TILE of each */
 INLINE void tile(const struct product *p, int64_t row, int64_t i, int rows, int outputs, int half) {
     vec acc[TILE][TILE] = {{{0}}};
     const void *w = at(p->w, i * p->n, half), *x = at(p->x, row * p->x_stride, half);
-    for (int64_t j = 0; j < p->n; j += half ? 2 * LANES : LANES)
-#pragma GCC unroll 4
-        for (int a = 0; a < outputs; a++) {
-            if (outputs > 1 && !row) /* into the second cache: the first is full of x */
-                __builtin_prefetch((const char *)at(w, outputs * (2 * p->n + j), half) + a * (int)sizeof(vec), 0, 2);
-#pragma GCC unroll 4
-            for (int c = 0; c < rows; c++)
-                acc[a][c] = multiply_add(acc[a][c], at(w, a * p->n, half), at(x, c * p->x_stride, half), j, half);
-        }
+    add(acc, w, p->n, x, p->x_stride, p->n, rows, outputs, outputs > 1 && !row, half);
+    if (i < p->adapted) {
+        const void *up = at(p->up, i * p->rank, half), *low = at(p->low, row * p->rank, half);
+        add(acc, up, p->rank, low, p->rank, p->rank, rows, outputs, 0, half);
+    }
 #pragma GCC unroll 4
     for (int a = 0; a < outputs; a++) {
         __m128 totals = sums(acc[a][0], acc[a][1], acc[a][2], acc[a][3]);
@@ -97,9 +111,11 @@ INLINE void tiles(const struct product *p, int64_t i, int outputs, int half) {
    weight after the other; with more, some at a time spare reads of x, and what comes next is asked for in its order */
 INLINE void multiply_share(struct product p, int thread, int threads, int half) {
     int64_t i = p.k * thread / threads, end = p.k * (thread + 1) / threads;
-    if (p.rows > 2)
-        for (; i + TILE <= end; i += TILE) tiles(&p, i, TILE, half);
-    for (; i < end; i++) tiles(&p, i, 1, half);
+    for (int64_t until = p.adapted < end ? p.adapted : end; i < end; until = end) { /* those with an adapter, then the rest */
+        if (p.rows > 2)
+            for (; i + TILE <= until; i += TILE) tiles(&p, i, TILE, half);
+        for (; i < until; i++) tiles(&p, i, 1, half);
+    }
 }
 
 static __attribute__((noinline)) void multiply_single(struct product p, int thread, int threads) {
@@ -264,14 +280,15 @@ INLINE void layer(const struct step *s, const struct layer *l, int thread, int t
     int64_t width = attention + 2 * s->wide;
     normalise(s, l->norm, l->eps, thread, threads, half);
 #pragma omp barrier
-    multiply((struct product){s->normed, l->in, 0, s->projected, b, width, s->dim, s->dim, 0, width}, thread, threads, half);
+    struct product into = {.x = s->normed, .w = l->in, .out = s->projected, .rows = b, .k = width, .n = s->dim,
+                           .x_stride = s->dim, .out_stride = width};
     if (l->down_in) {
-        struct product down = {s->normed, l->down_in, 0, s->low, b, s->rank_in, s->dim, s->dim, 0, s->rank_in};
-        multiply(down, thread, threads, half);
+        multiply((struct product){.x = s->normed, .w = l->down_in, .out = s->low, .rows = b, .k = s->rank_in, .n = s->dim,
+                                  .x_stride = s->dim, .out_stride = s->rank_in}, thread, threads, half);
 #pragma omp barrier
-        struct product up = {s->low, l->up_in, s->projected, s->projected, b, attention, s->rank_in, s->rank_in, width, width};
-        multiply(up, thread, threads, half);
+        into.adapted = attention, into.rank = s->rank_in, into.low = s->low, into.up = l->up_in;
     }
+    multiply(into, thread, threads, half);
 #pragma omp barrier
     int64_t group = (b * s->heads + threads - 1) / threads;
     group = group > GROUP ? GROUP : group < 1 ? 1 : group;
@@ -283,13 +300,15 @@ INLINE void layer(const struct step *s, const struct layer *l, int thread, int t
     for (int64_t row = 0; row < b; row++) gate(s, row, thread, threads, half);
 #pragma omp barrier
     int64_t n = inner + s->wide;
-    multiply((struct product){s->both, l->out, s->x, s->x, b, s->dim, n, n, s->dim, s->dim}, thread, threads, half);
+    struct product out = {.x = s->both, .w = l->out, .onto = s->x, .out = s->x, .rows = b, .k = s->dim, .n = n,
+                          .x_stride = n, .onto_stride = s->dim, .out_stride = s->dim};
     if (l->down_out) {
-        multiply((struct product){s->both, l->down_out, 0, s->low, b, s->rank_out, inner, n, 0, s->rank_out}, thread, threads, half);
+        multiply((struct product){.x = s->both, .w = l->down_out, .out = s->low, .rows = b, .k = s->rank_out, .n = inner,
+                                  .x_stride = n, .out_stride = s->rank_out}, thread, threads, half);
 #pragma omp barrier
-        struct product up = {s->low, l->up_out, s->x, s->x, b, s->dim, s->rank_out, s->rank_out, s->dim, s->dim};
-        multiply(up, thread, threads, half);
+        out.adapted = s->dim, out.rank = s->rank_out, out.low = s->low, out.up = l->up_out;
     }
+    multiply(out, thread, threads, half);
 #pragma omp barrier
 }
 
@@ -305,9 +324,8 @@ INLINE void take(const struct step *s, const struct layer *layers, int thread, i
     for (int64_t row = thread; row < s->rows; row += threads) /* a row that has ended goes on, and is not looked at */
         s->positions[row] += s->positions[row] < s->last_position;
 #pragma omp barrier
-    struct product out = {
-        s->normed, s->embedding, 0, s->logits, s->rows, s->vocabulary, s->dim, s->dim, 0, s->vocabulary
-    };
+    struct product out = {.x = s->normed, .w = s->embedding, .out = s->logits, .rows = s->rows, .k = s->vocabulary,
+                          .n = s->dim, .x_stride = s->dim, .out_stride = s->vocabulary};
     multiply(out, thread, threads, half);
 }
 
