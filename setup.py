@@ -15,7 +15,8 @@ AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 # What is compiled carries a mark of what it is compiled from: left over from other sources it is not used.
 PALM = Path(__file__).parent / "palm_rlhf_pytorch" / "palm"
-SOURCES = zlib.crc32(b"".join((PALM / file).read_bytes() for file in ("vectors.h", "step.c", "draw.c", "native.py")))
+SOURCES = ("vectors.h", "products.h", "step.c", "draw.c", "native.py")
+MARK = zlib.crc32(b"".join((PALM / file).read_bytes() for file in SOURCES))
 BUILDS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 setup(
@@ -39,9 +40,9 @@ setup(
         Extension(
             f"palm_rlhf_pytorch.palm._native_{name}",
             [f"palm_rlhf_pytorch/palm/{file}.c" for file in ("step", "draw")],
-            depends=["palm_rlhf_pytorch/palm/vectors.h", "palm_rlhf_pytorch/palm/native.py"],
+            depends=[f"palm_rlhf_pytorch/palm/{file}" for file in SOURCES],
             libraries=["m"],
-            define_macros=[("SOURCES", f"{SOURCES}u")],
+            define_macros=[("SOURCES", f"{MARK}u")],
             extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fopenmp", *flags],
             optional=True,  # no compiler, another processor: decoding goes through torch
         )

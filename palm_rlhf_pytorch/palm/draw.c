@@ -1,6 +1,6 @@
 /* A token a row from softmax(logits / temperature), by inverting its cumulative distribution at a number from [0, 1).
 
-   The same function as sample_tokens in sampling.py, in one call: of a large vocabulary each logit is read three times, and
+   The same function as sample_tokens in sampling.py, in one call: of a large vocabulary each logit is read twice, and
    nothing as large is written. Sums are of blocks in float32, and of these in float64. Knows nothing of Python. */
 
 #include "vectors.h"
@@ -53,7 +53,8 @@ INLINE int64_t first_above(const float *parts, int64_t n, double *before, double
 INLINE void draw_row(const struct draw *s, int64_t row, int half) {
     int64_t v = s->vocabulary, blocks = (v + BLOCK - 1) / BLOCK;
     const void *logits = at(s->logits, row * v, half);
-    float most = largest(logits, v, half), inverse = (float)(1 / s->temperature), *sums = s->sums + row * (v / BLOCK + 1);
+    float most = largest(logits, v, half), inverse = (float)(1 / s->temperature);
+    float *sums = s->sums + row * (v / BLOCK + 1);
     double total = 0, before = 0;
     for (int64_t block = 0; block < blocks; block++) {
         int64_t end = (block + 1) * BLOCK < v ? (block + 1) * BLOCK : v;

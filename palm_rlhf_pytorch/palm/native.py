@@ -30,7 +30,8 @@ BUILDS = (
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 WIDTH = 32  # inputs of products, and widths of the feedforward, come in multiples of it; so do places of the cache
 LARGEST_HEAD = 256  # features of a head, a multiple of WIDTH too
-SOURCES = ("vectors.h", "step.c", "draw.c", "native.py")  # setup.py marks what it compiles with their CRC-32
+# setup.py marks what it compiles with their CRC-32
+SOURCES = ("vectors.h", "products.h", "step.c", "draw.c", "native.py")
 DRAW_BLOCK = 256  # tokens whose weights draw.c sums before they count
 
 

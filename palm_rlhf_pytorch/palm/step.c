@@ -1,17 +1,15 @@
 /* One step of decoding on a CPU: a token of each row through all layers of PaLM, over keys and values kept so far.
 
-   The same function as Decoder.__call__ in decoding.py, in one call. With few rows a step is as fast as weights come from
-   memory, so each weight is read once, in its own layout, in ascending order; and between the products nothing is called,
-   since code that a step needs once a layer has left the caches by then, pushed out by weights.
-   A sum's order depends on its length alone: a row's bits are the same whoever else is in the batch.
+   The same function as Decoder.__call__ in decoding.py, in one call. With few rows a step is as fast as weights come
+   from memory, so they are read once; and between the products little is called, since code that a step needs once a
+   layer has left the caches by then, pushed out by weights. A row's bits are the same whoever else is in the batch.
 
-   Compiled once for each instruction set that setup.py names. Threads are those of the OpenMP runtime that torch brings:
-   it is not linked here, but found when torch has loaded it. Knows nothing of Python; native.py checks what comes in.
-   Letters: b rows, d features of a head, k outputs of a product, n its inputs. */
+   Compiled once for each instruction set that setup.py names. Threads are those of the OpenMP runtime that torch
+   brings: it is not linked here, but found when torch has loaded it. Knows nothing of Python; native.py checks what
+   comes in. Letters: b rows, h heads, d features of a head, k outputs of a product, n its inputs. */
 
-#include "vectors.h"
+#include "products.h"
 
-#define TILE 4    /* rows that a weight is multiplied with while it is in a register */
 #define BLOCK 32  /* keys that lie side by side, feature by feature, so that products with them need no sum of lanes */
 #define CHUNK 128 /* keys between two looks at the largest product of a query */
 #define GROUP 4   /* query heads that read keys and values together */
@@ -35,101 +33,9 @@ struct step {
     const void *embedding;           /* (vocabulary, dim) */
     const int64_t *tokens;           /* (b) */
     int64_t *positions;              /* (b), raised here */
-    void *hidden_places;             /* (b, room) of the weights' kind, minus infinity where a row sees nothing, or NULL */
+    void *hidden_places;             /* (b, room), minus infinity where a row sees nothing, or NULL */
     void *x, *normed, *projected, *low, *both, *logits; /* room for b rows of each */
 };
-
-/* acc + w . x of 2 LANES bfloat16 each, or LANES floats */
-INLINE vec multiply_add(vec acc, const void *w, const void *x, int64_t i, int half) {
-    if (!half) return acc + load(w, i, 0) * load(x, i, 0);
-#ifdef __AVX512BF16__
-    __m512i a = _mm512_loadu_si512((const char *)w + 2 * i), b = _mm512_loadu_si512((const char *)x + 2 * i);
-    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-    bits a = *(const loose_bits *)((const char *)w + 2 * i), b = *(const loose_bits *)((const char *)x + 2 * i);
-    acc += (vec)(a << 16) * (vec)(b << 16);
-    return acc + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
-#endif
-}
-
-/* products: out (b, k) = x (b, n) @ w (k, n).T, of the first `adapted` outputs + low (b, rank) @ up (adapted, rank).T, and
-   onto that; strides are of rows */
-
-struct product {
-    const void *x, *w, *onto;
-    void *out;
-    int64_t rows, k, n, x_stride, onto_stride, out_stride, adapted, rank;
-    const void *low, *up;
-};
-
-/* sums of products of some rows of x with some of w */
-INLINE void add(
-    vec (*acc)[TILE], const void *w, int64_t w_stride, const void *x, int64_t x_stride, int64_t n, int rows, int outputs,
-    int ahead, int half
-) {
-    for (int64_t j = 0; j < n; j += half ? 2 * LANES : LANES)
-#pragma GCC unroll 4
-        for (int a = 0; a < outputs; a++) {
-            if (ahead) /* into the second cache: the first is full of x */
-                __builtin_prefetch((const char *)at(w, outputs * (2 * n + j), half) + a * (int)sizeof(vec), 0, 2);
-#pragma GCC unroll 4
-            for (int c = 0; c < rows; c++)
-                acc[a][c] = multiply_add(acc[a][c], at(w, a * w_stride, half), at(x, c * x_stride, half), j, half);
-        }
-}
-
-/* outputs i, i + 1 .. of some rows, at most TILE of each */
-INLINE void tile(const struct product *p, int64_t row, int64_t i, int rows, int outputs, int half) {
-    vec acc[TILE][TILE] = {{{0}}};
-    const void *w = at(p->w, i * p->n, half), *x = at(p->x, row * p->x_stride, half);
-    add(acc, w, p->n, x, p->x_stride, p->n, rows, outputs, outputs > 1 && !row, half);
-    if (i < p->adapted) {
-        const void *up = at(p->up, i * p->rank, half), *low = at(p->low, row * p->rank, half);
-        add(acc, up, p->rank, low, p->rank, p->rank, rows, outputs, 0, half);
-    }
-#pragma GCC unroll 4
-    for (int a = 0; a < outputs; a++) {
-        __m128 totals = sums(acc[a][0], acc[a][1], acc[a][2], acc[a][3]);
-#pragma GCC unroll 4
-        for (int c = 0; c < rows; c++) {
-            float total = totals[c];
-            if (p->onto) total += get(p->onto, (row + c) * p->onto_stride + i + a, half);
-            put(p->out, (row + c) * p->out_stride + i + a, total, half);
-        }
-    }
-}
-
-INLINE void tiles(const struct product *p, int64_t i, int outputs, int half) {
-    int64_t row = 0;
-    for (; row + TILE <= p->rows; row += TILE) tile(p, row, i, TILE, outputs, half);
-    if (p->rows - row == 1) tile(p, row, i, 1, outputs, half);
-    if (p->rows - row == 2) tile(p, row, i, 2, outputs, half);
-    if (p->rows - row == 3) tile(p, row, i, 3, outputs, half);
-}
-
-/* a thread's share: so many outputs in a row. With one or two rows nothing but memory counts, which is read fastest one
-   weight after the other; with more, some at a time spare reads of x, and what comes next is asked for in its order */
-INLINE void multiply_share(struct product p, int thread, int threads, int half) {
-    int64_t i = p.k * thread / threads, end = p.k * (thread + 1) / threads;
-    for (int64_t until = p.adapted < end ? p.adapted : end; i < end; until = end) { /* those with an adapter, then the rest */
-        if (p.rows > 2)
-            for (; i + TILE <= until; i += TILE) tiles(&p, i, TILE, half);
-        for (; i < until; i++) tiles(&p, i, 1, half);
-    }
-}
-
-static __attribute__((noinline)) void multiply_single(struct product p, int thread, int threads) {
-    multiply_share(p, thread, threads, 0);
-}
-
-static __attribute__((noinline)) void multiply_half(struct product p, int thread, int threads) {
-    multiply_share(p, thread, threads, 1);
-}
-
-INLINE void multiply(struct product p, int thread, int threads, int half) {
-    if (half) multiply_half(p, thread, threads);
-    else multiply_single(p, thread, threads);
-}
 
 /* layer norm of rows, a thread's share of them */
 INLINE void normalise(const struct step *s, const float *gain, float eps, int thread, int threads, int half) {
@@ -155,7 +61,8 @@ INLINE void turn(
     const struct step *s, const void *from, const float *gain, int64_t position, int kind, float *out, int half
 ) {
     int64_t d = s->dim_head, pairs = d / 2;
-    const float *cosines = s->turns + (position * 3 + kind) * pairs, *sines = cosines + (s->last_position + 1) * 3 * pairs;
+    const float *cosines = s->turns + (position * 3 + kind) * pairs;
+    const float *sines = cosines + (s->last_position + 1) * 3 * pairs;
     float squares = 0;
     for (int64_t i = 0; i < d; i++) out[i] = get(from, i, half), squares += out[i] * out[i];
     if (gain) {
@@ -217,7 +124,8 @@ INLINE void attend_chunk(
     for (int64_t e = 0; e < d; e += 2 * LANES) {
         vec out[GROUP][2] = {{{0}}};
         for (int j = 0; j < count; j++) {
-            vec first = load(values, (start + j) * d + e, half), second = load(values, (start + j) * d + e + LANES, half);
+            vec first = load(values, (start + j) * d + e, half);
+            vec second = load(values, (start + j) * d + e + LANES, half);
 #pragma GCC unroll 4
             for (int h = 0; h < heads; h++) out[h][0] += weights[h][j] * first, out[h][1] += weights[h][j] * second;
         }
@@ -266,7 +174,8 @@ INLINE void attend(const struct step *s, const struct layer *l, int64_t row, int
 /* silu(gate) * feedforward of a row beside attention's output, a thread's share */
 INLINE void gate(const struct step *s, int64_t row, int thread, int threads, int half) {
     int64_t inner = s->heads * s->dim_head, begin = inner + 2 * s->dim_head, vectors = s->wide / LANES;
-    const void *forward = at(s->projected, row * (begin + 2 * s->wide) + begin, half), *gate = at(forward, s->wide, half);
+    const void *forward = at(s->projected, row * (begin + 2 * s->wide) + begin, half);
+    const void *gate = at(forward, s->wide, half);
     void *both = (void *)at(s->both, row * (inner + s->wide) + inner, half);
     for (int64_t i = LANES * (vectors * thread / threads); i < LANES * (vectors * (thread + 1) / threads); i += LANES) {
         vec x = load(gate, i, half), ff = load(forward, i, half), silu = x / (1.0f + exponential(-x));
@@ -283,8 +192,9 @@ INLINE void layer(const struct step *s, const struct layer *l, int thread, int t
     struct product into = {.x = s->normed, .w = l->in, .out = s->projected, .rows = b, .k = width, .n = s->dim,
                            .x_stride = s->dim, .out_stride = width};
     if (l->down_in) {
-        multiply((struct product){.x = s->normed, .w = l->down_in, .out = s->low, .rows = b, .k = s->rank_in, .n = s->dim,
-                                  .x_stride = s->dim, .out_stride = s->rank_in}, thread, threads, half);
+        struct product down = {.x = s->normed, .w = l->down_in, .out = s->low, .rows = b, .k = s->rank_in, .n = s->dim,
+                               .x_stride = s->dim, .out_stride = s->rank_in};
+        multiply(down, thread, threads, half);
 #pragma omp barrier
         into.adapted = attention, into.rank = s->rank_in, into.low = s->low, into.up = l->up_in;
     }
@@ -303,8 +213,9 @@ INLINE void layer(const struct step *s, const struct layer *l, int thread, int t
     struct product out = {.x = s->both, .w = l->out, .onto = s->x, .out = s->x, .rows = b, .k = s->dim, .n = n,
                           .x_stride = n, .onto_stride = s->dim, .out_stride = s->dim};
     if (l->down_out) {
-        multiply((struct product){.x = s->both, .w = l->down_out, .out = s->low, .rows = b, .k = s->rank_out, .n = inner,
-                                  .x_stride = n, .out_stride = s->rank_out}, thread, threads, half);
+        struct product down = {.x = s->both, .w = l->down_out, .out = s->low, .rows = b, .k = s->rank_out, .n = inner,
+                               .x_stride = n, .out_stride = s->rank_out};
+        multiply(down, thread, threads, half);
 #pragma omp barrier
         out.adapted = s->dim, out.rank = s->rank_out, out.low = s->low, out.up = l->up_out;
     }

@@ -1,4 +1,4 @@
-/* Numbers and vectors of them, whatever the instruction set: what step.c and draw.c are written in.
+/* Numbers and vectors of them, whatever the instruction set: what the other files here are written in.
 
    A vector is GCC's, of as many floats as the widest register holds; bfloat16 is widened as it is read. */
 
@@ -83,7 +83,7 @@ INLINE __m128 sums(vec a, vec b, vec c, vec d) {
 
 INLINE float sum(vec x) { return sums(x, x, x, x)[0]; }
 
-/* e^x to 2 units in the last place from -87 to 88.7: 2^n e^r, |r| <= ln 2 / 2, e^r by its series; 0 below, infinity above */
+/* e^x to 2 units in the last place from -87 to 88.7, 0 below, infinity above: 2^n e^r, |r| <= ln 2 / 2, e^r a series */
 INLINE vec exponential(vec x) {
     vec bounded = where(x < -87.0f, all(-87.0f), where(x > 88.7f, all(88.7f), x));
     vec n = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: what is left of the point is rounded off */

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from palm_rlhf_pytorch.palm.native import best_build
 from tests.benchmarks.report import Ceilings
 
 READ_BYTES = {"cpu": 2**28, "cuda": 2**33}  # far beyond any cache: 256 MiB, 8 GiB
@@ -41,6 +42,7 @@ def facts(device: torch.device, *, instruction_cap: str | None) -> dict[str, Any
         "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "load_at_start": load, "torch": torch.__version__,
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "instruction_cap": instruction_cap,
+        "native_build": best_build(),
     }  # fmt: skip
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from palm_rlhf_pytorch.palm.native import SOURCES
 from tests.feedback.conftest import PASSWORD
 from tests.feedback.serving import serving
 from tests.feedback.test_environment import run_feedback
@@ -74,7 +75,7 @@ def test_behind_tls_the_deployment_check_is_clean_and_plain_http_is_sent_on(tmp_
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_templates_static_files_and_migrations(tmp_path):
+def test_the_wheel_holds_templates_static_files_migrations_and_what_is_compiled(tmp_path):
     root = Path(__file__).parents[2]
     program = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
     copy = tmp_path / "source"  # a build leaves folders behind where it runs
@@ -91,6 +92,7 @@ def test_the_wheel_holds_templates_static_files_and_migrations(tmp_path):
     for pattern in ("templates/palm_feedback/*.html", "static/palm_feedback/*.css", "migrations/0001_*.py"):
         wanted = {path.relative_to(root).as_posix() for path in here.glob(pattern)}
         assert wanted and wanted <= names
+    assert {f"palm_rlhf_pytorch/palm/{file}" for file in SOURCES} <= names
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
