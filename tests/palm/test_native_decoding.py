@@ -115,7 +115,7 @@ def test_bits_do_not_hang_on_the_number_of_threads():
     if native.best_build() is None:
         pytest.skip("needs a build of the native code: GCC when the package is installed, and an x86 processor")
     # in a process of its own: what forks from one that had several threads would wait for them
-    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-c", THREADS], timeout=120).returncode == 0
 
 
 @torch.no_grad()

@@ -24,18 +24,26 @@ def lines(folder):
     ]
 
 
+def rows_round_alike() -> bool:
+    """Whether torch's products here give a row the same bits however many come with it: MKL's on AMD's do not."""
+    x, weight = torch.randn(8, 16), torch.randn(32, 16)
+    together = torch.nn.functional.linear(x, weight)
+    return all(torch.equal(torch.nn.functional.linear(x[:n], weight), together[:n]) for n in range(1, 8))
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_preferred_responses_become_likelier_and_the_palm_given_stays(lora, tmp_path):
     palm = tiny_palm()
     before = {name: weight.clone() for name, weight in palm.named_parameters()}
     trainer = make_dpo(palm=palm, lora=lora, held_out=some_pairs(5), run_dir=tmp_path, lr=3e-2 if lora else 1e-2)
-    # equal rewards: to the bit, and so an accuracy of 0.5, where products round alike for any number of rows
-    assert abs(trainer.evaluate()["eval/margin"]) < 1e-6
+    first, exact = trainer.evaluate(), rows_round_alike()
+    assert abs(first["eval/margin"]) < 1e-6 and (first["eval/accuracy"] == 0.5 or not exact)  # equal rewards
     found = trainer.train(4, use_tqdm=False)
     assert found["eval/accuracy"] > 0.9 and found["eval/margin"] > 0.2 and found["train/loss"] < 0.6
     assert found["dpo/margin"] == pytest.approx(found["dpo/reward_chosen"] - found["dpo/reward_rejected"], abs=1e-6)
     logged = lines(tmp_path)
-    assert len(logged) == 12 and abs(logged[0]["dpo/margin"]) < 1e-6 and logged[-1]["dpo/margin"] == found["dpo/margin"]
+    assert len(logged) == 12 and logged[-1]["dpo/margin"] == found["dpo/margin"]
+    assert abs(logged[0]["dpo/margin"]) < 1e-6 and (logged[0]["dpo/margin"] == 0 or not exact)
     assert all(torch.equal(weight, before[name]) for name, weight in palm.named_parameters())
     improved = trainer.export_palm()
     assert any(not torch.equal(weight, before[name]) for name, weight in improved.named_parameters())
